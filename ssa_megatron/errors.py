@@ -1,0 +1,53 @@
+"""Errors a user can act on. Each names the field or file, the value it got and the remedy, and carries its exit code.
+
+Anything else that escapes is a bug of ours and keeps its traceback.
+"""
+
+
+class SSAError(Exception):
+    """Base of every error with a remedy; `exit_code` is what the process returns."""
+
+    exit_code = 1
+
+    def __init__(self, problem: str, *, remedy: str = ""):
+        self.problem, self.remedy = problem, remedy
+        super().__init__(problem + (f"\n  remedy: {remedy}" if remedy else ""))
+
+
+class ConfigError(SSAError):
+    """The recipe or the command line is wrong: the user edits it."""
+
+    exit_code = 2
+
+
+class DataProblem(SSAError):
+    """Corpus, tokenizer or shards are missing, damaged or do not fit the recipe: the user fixes the data."""
+
+    exit_code = 3
+
+
+class CheckpointError(SSAError):
+    """A checkpoint is missing, damaged or belongs to another run."""
+
+    exit_code = 4
+
+
+class RunFolderError(SSAError):
+    """The run folder is in use, or belongs to another recipe."""
+
+    exit_code = 5
+
+
+class TrainingStopped(SSAError):
+    """Training cannot go on (non-finite loss k times in a row): the user looks at the named batch."""
+
+    exit_code = 6
+
+
+class EnvironmentProblem(SSAError):
+    """The machine or the installation cannot do what was asked."""
+
+    exit_code = 7
+
+
+EXIT_REQUEUE = 75  # a committed checkpoint exists and the job wants to be started again (signals)
