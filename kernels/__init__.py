@@ -1,0 +1,29 @@
+"""SSA attention: reference, memory-lean PyTorch backend and fused kernels behind one interface (see `kernels.api`).
+
+Imports torch and triton and nothing else of this project.
+Importing it compiles nothing and touches no device.
+"""
+
+from .api import (
+    attention_statistics,
+    compressed_attention,
+    full_attention,
+    select_blocks,
+    sparse_attention,
+    ssa_attention,
+    window_attention,
+)
+from .spec import AttentionStatistics, BlockSpec, KernelArgumentError
+
+__all__ = [
+    "AttentionStatistics",
+    "BlockSpec",
+    "KernelArgumentError",
+    "attention_statistics",
+    "compressed_attention",
+    "full_attention",
+    "select_blocks",
+    "sparse_attention",
+    "ssa_attention",
+    "window_attention",
+]
