@@ -1,16 +1,16 @@
 """The public functions: check the arguments, settle the defaults, hand over to a backend.
 
-Layout everywhere: q `[B, Nq, Hq, D]`, k and v `[B, N, Hkv, D]`, `Hq % Hkv == 0`; all are differentiable in q, k, v (and gate),
-selection never is. A wrong argument is refused with a `KernelArgumentError` that names it, without synchronising a GPU: the
-values of `doc_starts` and `query_index` are checked on CPU tensors only.
+Layout everywhere: q `[B, Nq, Hq, D]`, k and v `[B, N, Hkv, D]`, `Hq % Hkv == 0`; all are differentiable in q, k, v (and
+gate), selection never is. A wrong argument is refused with a `KernelArgumentError` that names it, without
+synchronising a GPU: the values of `doc_starts` and `query_index` are checked on CPU tensors only.
 
 Shared arguments:
     scale: softmax scale; default D ** -0.5.
-    doc_starts: int32 [B, N], for each token of the key sequence the index at which its own document begins. Attention never
-        crosses a document boundary, and blocks are numbered from the document's start. Padding: a document of length 1 each.
-    query_index: int32 [Nq], the place of each query row in the key sequence (context parallelism); default 0..N-1.
-    backend: "auto", "torch" or "triton". `auto` is the PyTorch backend everywhere until the Triton kernels are built, and
-        "triton" is refused until then.
+    doc_starts: int32 [B, N], for each token of the key sequence the index at which its own document begins.
+        Attention never crosses a document boundary, and blocks are numbered from the document's start. Padding: a
+    document of length 1 each. query_index: int32 [Nq], the place of each query row in the key sequence (context
+    parallelism); default 0..N-1. backend: "auto", "torch" or "triton". `auto` is the PyTorch backend everywhere
+        until the Triton kernels are built, and "triton" is refused until then.
 """
 
 from torch import Tensor
@@ -44,11 +44,12 @@ def select_blocks(
 ) -> Tensor:
     """Routing: the blocks each token and KV group may attend to (arXiv 2511.20102, section 3).
 
-    The score of a block is the sum, over the group's heads, of the softmax over pooled keys of the blocks complete at the
-    token; the own block is always chosen, the rest are the best of the blocks strictly before it, ties to the lower number.
+    The score of a block is the sum, over the group's heads, of the softmax over pooled keys of the blocks complete
+    at the token; the own block is always chosen, the rest are the best of the blocks strictly before it, ties to the
+    lower number.
 
-    Returns: int32 [B, Nq, Hkv, block_count], block numbers counted from the token's document: own block first, the others in
-        ascending order, then -1.
+    Returns: int32 [B, Nq, Hkv, block_count], block numbers counted from the token's document: own block first, the
+        others in ascending order, then -1.
     Raises: KernelArgumentError.
     """
     scale, _ = _common(q, k, None, scale, doc_starts, query_index, backend)
@@ -66,7 +67,8 @@ def full_attention(
     query_index: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Causal softmax attention inside each document. Returns [B, Nq, Hq, D] in q's dtype. Raises KernelArgumentError."""
+    """Causal softmax attention inside each document. Returns [B, Nq, Hq, D] in q's dtype. Raises
+    KernelArgumentError."""
     scale, _ = _common(q, k, v, scale, doc_starts, query_index, backend)
     return torch_backend.full_attention(q, k, v, scale, doc_starts, query_index)
 
@@ -114,8 +116,8 @@ def ssa_attention(
     gate: [B, Nq, Hq] in (0, 1), any floating type; multiplies both streams.
     trunk: "full" or "sparse", the stream that is returned.
     Returns: gated trunk output [B, Nq, Hq, D] in q's dtype, and the alignment loss
-        SmoothL1(F, sg(S)) + SmoothL1(sg(F), S) with F, S the gated streams: fp32 scalar (fp64 for fp64 inputs), mean over all
-        B*Nq*Hq*D elements of this call. It sends gradients to both streams whatever the trunk.
+        SmoothL1(F, sg(S)) + SmoothL1(sg(F), S) with F, S the gated streams: fp32 scalar (fp64 for fp64 inputs), mean
+        over all B*Nq*Hq*D elements of this call. It sends gradients to both streams whatever the trunk.
     Raises: KernelArgumentError.
     """
     scale, _ = _common(q, k, v, scale, doc_starts, query_index, backend)

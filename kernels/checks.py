@@ -1,7 +1,7 @@
 """Argument checks of the public functions.
 
-Every error names the argument, what it was given and what is expected, and no check ever synchronises a GPU: shapes, dtypes
-and devices are always checked, values (`doc_starts`, `query_index`) only when the tensor lies on the CPU.
+Every error names the argument, what it was given and what is expected, and no check ever synchronises a GPU: shapes,
+dtypes and devices are always checked, values (`doc_starts`, `query_index`) only when the tensor lies on the CPU.
 It refuses what no backend can run; what one backend cannot run is that backend's to refuse.
 """
 

@@ -1,8 +1,10 @@
-"""Where blocks lie in a packed row: documents, blocks and the slots that hold pooled keys, all without a host synchronisation.
+"""Where blocks lie in a packed row: documents, blocks and the slots that hold pooled keys, all without a host
+synchronisation.
 
-Block `j` of the document that begins at `s` covers positions `s + j*b .. s + (j+1)*b - 1` and lives in slot `s // b + j`; two
-*complete* blocks never share a slot (they are `b` apart), so `ceil(N / b)` slots hold every pooled key of a packed row.
-A last, partial block has a slot number too, which a complete block of a later document may share; it is never pooled.
+Block `j` of the document that begins at `s` covers positions `s + j*b .. s + (j+1)*b - 1` and lives in slot `s // b
++ j`; two *complete* blocks never share a slot (they are `b` apart), so `ceil(N / b)` slots hold every pooled key of
+a packed row. A last, partial block has a slot number too, which a complete block of a later document may share; it
+is never pooled.
 """
 
 import torch

@@ -1,7 +1,8 @@
 """The method in plain, slow, obvious PyTorch, in any float dtype: what every other file of this package is judged by.
 
-It follows arXiv 2511.20102 line by line, one token at a time where that is clearest, and shares no code with the backends.
-It may hold `[N, N]` scores and refuses nothing: use it on small inputs, in fp64 for truth and for `gradcheck`.
+It follows arXiv 2511.20102 line by line, one token at a time where that is clearest, and shares no code with the
+backends. It may hold `[N, N]` scores and refuses nothing: use it on small inputs, in fp64 for truth and for
+`gradcheck`.
 """
 
 import torch
@@ -129,7 +130,8 @@ def window_attention(q, k, v, window: int, scale: float, doc_starts=None, query_
 
 
 def compressed_attention(q, k, v, spec: BlockSpec, scale: float, doc_starts=None, query_index=None) -> Tensor:
-    """nsa's first stream: attention over the pooled (k, v) of the blocks complete at the token; zero where there is none."""
+    """nsa's first stream: attention over the pooled (k, v) of the blocks complete at the token; zero where there is
+    none."""
     starts = document_starts(k, doc_starts)
     batch = []
     for b in range(q.shape[0]):

@@ -1,4 +1,5 @@
-"""The words of the interface: which blocks are chosen (`BlockSpec`), what is measured, and how a wrong argument is refused.
+"""The words of the interface: which blocks are chosen (`BlockSpec`), what is measured, and how a wrong argument is
+refused.
 
 Plain data and one error type, so that every backend and every caller can import it at no cost.
 It refuses nothing by itself; `checks.py` does.
@@ -18,9 +19,9 @@ class BlockSpec(NamedTuple):
 
     block_size: tokens in a block (paper: 16).
     block_count: blocks selected for a token and KV group, its own block included (paper: 16).
-    topk: "exact", or "authors", which reproduces the selection of the authors' released kernel (block size and count 16):
-        past the first 16 blocks, the best 8 of all blocks before the current chunk of 16 blocks, and the best 8 of that
-        chunk, the own block included.
+    topk: "exact", or "authors", which reproduces the selection of the authors' released kernel (block size and count
+        16): past the first 16 blocks, the best 8 of all blocks before the current chunk of 16 blocks, and the best 8
+        of that chunk, the own block included.
     """
 
     block_size: int = 16

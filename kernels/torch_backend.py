@@ -1,15 +1,18 @@
 """The streams in memory-lean PyTorch: a chunk of queries at a time, scores recomputed in backward, statistics in fp32.
 
-Activations kept for backward are O(N * D); full and sparse streams share one score matrix, and no key that causality or the
-document puts out of a chunk's reach is read where that is known without synchronising a GPU.
+Activations kept for backward are O(N * D); full and sparse streams share one score matrix, and no key that causality
+or the document puts out of a chunk's reach is read where that is known without synchronising a GPU.
 It refuses nothing: `checks.py` has seen the arguments.
 """
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .layout import key_slots, slot_count, slot_starts
 from .spec import AttentionStatistics, BlockSpec
@@ -17,6 +20,7 @@ from .torch_routing import pooled_blocks, select_blocks
 
 NEG_INF = float("-inf")
 UNSAFE = 1e-20  # a sparse row sum this far below the full maximum is recomputed with its own maximum (fp32 underflow)
+SAFE_GAP = 40.0  # nats between the two log-sum-exps up to which the sparse weights are rescaled full weights
 
 
 class Stream(NamedTuple):
@@ -36,7 +40,7 @@ class Tile(NamedTuple):
     cols: slice
     hidden: Tensor | None  # bool [rows, cols - from_col], True = not visible
     from_col: int  # columns (within the tile) before this are visible to every row
-    chosen: Tensor | None  # [heads, 1, rows, cols] in the work dtype: 1 inside the selected blocks, 0 outside
+    chosen: Tensor | None  # [heads, 1, rows, cols]: 1 or 0, inside or outside the selected blocks (0 or -inf alone)
 
 
 class Geometry:
@@ -101,7 +105,7 @@ class Geometry:
         return slice(first, last), hidden, from_col
 
     def chosen(self, b: int, h: slice, rows: slice, cols: slice, slot_of_key: Tensor) -> Tensor:
-        """[heads, 1, rows, cols]: 1 where the key's block is selected (causality and documents are `hidden`'s affair)."""
+        """`Tile.chosen`: where the key's block is selected (causality and documents are the affair of `hidden`)."""
         size, slots = self.stream.block_size, slot_count(self.n_k, self.stream.block_size)
         block = self.blocks[b, rows, h].transpose(0, 1).long()  # [heads, rows, count]
         if self.doc_starts is not None:
@@ -109,13 +113,29 @@ class Geometry:
             slot = torch.where(block >= 0, block + base[:, None], slots)
         else:
             slot = torch.where(block >= 0, block, slots)
-        mask = torch.zeros(*block.shape[:2], slots + 1, dtype=self.work, device=self.device)
-        mask.scatter_(2, slot.clamp_(max=slots), 1.0)
+        # A stream of its own adds the mask to its scores; beside the full stream it multiplies the shared weights.
+        outside, inside = (NEG_INF, 0.0) if self.stream.kind == "sparse" else (0.0, 1.0)
+        mask = torch.full((*block.shape[:2], slots + 1), outside, dtype=self.work, device=self.device)
+        mask.scatter_(2, slot.clamp_(max=slots), inside)
         if self.doc_starts is None:
             first, last = cols.start // size, -(-cols.stop // size)
             wide = mask[..., first:last, None].expand(-1, -1, -1, size).flatten(2)
             return wide[..., cols.start - first * size : cols.stop - first * size][:, None]
         return mask.index_select(2, slot_of_key[cols])[:, None]
+
+
+class Workspace:
+    """Named buffers that tiles reuse: fresh pages for every temporary cost a CPU more than the arithmetic on them."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.flat = device, {}
+
+    def get(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        size = math.prod(shape)
+        flat = self.flat.get(name)
+        if flat is None or flat.numel() < size or flat.dtype != dtype:
+            flat = self.flat[name] = torch.empty(size, dtype=dtype, device=self.device)
+        return flat[:size].view(shape)
 
 
 def _per_head(x_bnhd: Tensor, work: torch.dtype) -> Tensor:
@@ -124,12 +144,11 @@ def _per_head(x_bnhd: Tensor, work: torch.dtype) -> Tensor:
     return x.contiguous() if x.is_cuda else x.to(work).contiguous()
 
 
-def _rows(x_bnhd: Tensor, tile: Tile, g: Geometry, work: torch.dtype | None) -> Tensor:
+def _rows(x_bnhd: Tensor, tile: Tile, g: Geometry, work: torch.dtype) -> Tensor:
     """The tile's query-side rows as [heads, G * rows, D]."""
     group = g.h_q // g.h_kv
     x = x_bnhd[tile.b, tile.rows, tile.heads.start * group : tile.heads.stop * group]
-    x = x.unflatten(1, (-1, group)).permute(1, 2, 0, 3).flatten(1, 2)
-    return x if work is None else x.to(work)
+    return x.unflatten(1, (-1, group)).permute(1, 2, 0, 3).flatten(1, 2).to(work)
 
 
 def _store(out_bnhd: Tensor, tile: Tile, g: Geometry, x: Tensor) -> None:
@@ -140,32 +159,38 @@ def _store(out_bnhd: Tensor, tile: Tile, g: Geometry, x: Tensor) -> None:
     place.copy_(x.unflatten(1, (group, n)).permute(2, 0, 1, 3).flatten(1, 2))
 
 
-def _mm(a: Tensor, b: Tensor) -> Tensor:
-    """Batched product, accumulated and returned in fp32 (fp64 for fp64)."""
-    if b.dtype in (torch.float32, torch.float64):
-        return torch.bmm(a.to(b.dtype), b)
-    return torch.bmm(a.to(b.dtype), b, out_dtype=torch.float32)
+def _mm(a: Tensor, b: Tensor, space: Workspace | None = None, name: str = "") -> Tensor:
+    """Batched product, accumulated and returned in fp32 (fp64 for fp64), in the named buffer if one is given."""
+    if b.dtype not in (torch.float32, torch.float64):
+        return torch.bmm(a.to(b.dtype), b, out_dtype=torch.float32)
+    if space is None:
+        return torch.bmm(a, b)
+    return torch.bmm(a, b, out=space.get(name, (a.shape[0], a.shape[1], b.shape[2]), b.dtype))
 
 
-def _scores(q_rows: Tensor, k_cols: Tensor, tile: Tile, scale: float) -> Tensor:
+def _scores(q_rows: Tensor, k_cols: Tensor, tile: Tile, scale: float, space: Workspace) -> Tensor:
     """Scaled scores [heads, G * rows, cols], -inf where not visible."""
-    score = _mm(q_rows, k_cols.transpose(1, 2)).mul_(scale)
+    score = _mm(q_rows * scale, k_cols.transpose(1, 2), space, "score")
     n = tile.rows.stop - tile.rows.start
     score.unflatten(1, (-1, n))[..., tile.from_col :].masked_fill_(tile.hidden, NEG_INF)
     return score
 
 
-def _times_mask(weight: Tensor, chosen: Tensor) -> Tensor:
+def _times_mask(weight: Tensor, chosen: Tensor, space: Workspace) -> Tensor:
     """weight [heads, G * rows, cols] where chosen, else 0."""
-    return (weight.unflatten(1, (-1, chosen.shape[2])) * chosen).flatten(1, 2)
+    out = space.get("chosen", weight.shape, weight.dtype)
+    n = chosen.shape[2]
+    torch.mul(weight.unflatten(1, (-1, n)), chosen, out=out.unflatten(1, (-1, n)))
+    return out
 
 
 def _only_chosen(score: Tensor, chosen: Tensor) -> Tensor:
+    """Scores with -inf outside the chosen blocks, as a new tensor."""
     return score.unflatten(1, (-1, chosen.shape[2])).masked_fill(chosen == 0, NEG_INF).flatten(1, 2)
 
 
-def _softmax_parts(score: Tensor) -> tuple[Tensor, Tensor]:
-    """exp(score - max) in place and the log-sum-exp [.., 1]; an empty row gives zeros and +inf."""
+def _softmax_parts(score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """exp(score - max) in place, its sum and the log-sum-exp [.., 1]; an empty row gives zeros and +inf."""
     top = score.amax(-1, keepdim=True).nan_to_num_(neginf=0.0)
     weight = score.sub_(top).exp_()
     total = weight.sum(-1, keepdim=True)
@@ -176,35 +201,18 @@ def _normalised(weight: Tensor, total: Tensor, v_cols: Tensor) -> Tensor:
     return _mm(weight, v_cols) / total.clamp(min=torch.finfo(total.dtype).tiny)
 
 
-def _both_weights(score: Tensor, chosen: Tensor, g: Geometry):
-    """Weights, sums and log-sum-exps of the full and the sparse stream from one score matrix (which is consumed)."""
-    if g.on_cpu:
-        top = score.amax(-1, keepdim=True)
-        full = score.sub_(top).exp_()
-        total = full.sum(-1, keepdim=True)
-        sparse = _times_mask(full, chosen)
-        part = sparse.sum(-1, keepdim=True)
-        if bool((part > UNSAFE).all()):
-            return full, total, top + total.log(), sparse, part, top + part.log()
-        score = full.log_().add_(top)  # rare; only rows whose weights all underflowed lose digits here, so redo exactly
-        return None
-    sparse, part, lse_sparse = _softmax_parts(_only_chosen(score, chosen))
-    full, total, lse = _softmax_parts(score)
-    return full, total, lse, sparse, part, lse_sparse
-
-
 class _OneStream(torch.autograd.Function):
     """Softmax attention over one mask; saves q, k, v, the output and its log-sum-exp."""
 
     @staticmethod
     def forward(ctx, q, k, v, g: Geometry, scale: float):
-        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         lse = torch.empty(*q.shape[:3], 1, dtype=g.work, device=q.device)
-        k_h, v_h = _per_head(k, g.work), _per_head(v, g.work)
+        k_h, v_h, space = _per_head(k, g.work), _per_head(v, g.work), Workspace(q.device)
         for tile in g.tiles():
-            score = _scores(_rows(q, tile, g, k_h.dtype), k_h[tile.b, tile.heads, tile.cols], tile, scale)
+            score = _scores(_rows(q, tile, g, k_h.dtype), k_h[tile.b, tile.heads, tile.cols], tile, scale, space)
             if tile.chosen is not None:
-                score = _only_chosen(score, tile.chosen)
+                score.unflatten(1, (-1, tile.chosen.shape[2])).add_(tile.chosen)
             weight, total, lse_rows = _softmax_parts(score)
             _store(out, tile, g, _normalised(weight, total, v_h[tile.b, tile.heads, tile.cols]))
             _store(lse, tile, g, lse_rows)
@@ -213,24 +221,25 @@ class _OneStream(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, d_out):
         q, k, v, out, lse = ctx.saved_tensors
         g, scale = ctx.g, ctx.scale
-        k_h, v_h = _per_head(k, g.work), _per_head(v, g.work)
-        dq = torch.empty_like(q, memory_format=torch.contiguous_format)
+        k_h, v_h, space = _per_head(k, g.work), _per_head(v, g.work), Workspace(q.device)
+        dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         dk, dv = (torch.zeros(k_h.shape, dtype=g.work, device=q.device) for _ in range(2))
         for tile in g.tiles():
             at = (tile.b, tile.heads, tile.cols)
             q_rows, do_rows = _rows(q, tile, g, k_h.dtype), _rows(d_out, tile, g, g.work)
             delta = (do_rows * _rows(out, tile, g, g.work)).sum(-1, keepdim=True)
-            score = _scores(q_rows, k_h[at], tile, scale)
+            score = _scores(q_rows, k_h[at], tile, scale, space)
             if tile.chosen is not None:
-                score = _only_chosen(score, tile.chosen)
+                score.unflatten(1, (-1, tile.chosen.shape[2])).add_(tile.chosen)
             weight = score.sub_(_rows(lse, tile, g, g.work)).exp_()
             dv[at] += _mm(weight.to(v_h.dtype).transpose(1, 2), do_rows.to(v_h.dtype))
-            d_score = _mm(do_rows, v_h[at].transpose(1, 2)).sub_(delta).mul_(weight).mul_(scale)
-            _store(dq, tile, g, _mm(d_score, k_h[at]))
-            dk[at] += _mm(d_score.to(k_h.dtype).transpose(1, 2), q_rows)
+            d_score = _mm(do_rows, v_h[at].transpose(1, 2), space, "d_score").sub_(delta).mul_(weight)
+            _store(dq, tile, g, _mm(d_score, k_h[at]).mul_(scale))
+            dk[at] += _mm(d_score.to(k_h.dtype).transpose(1, 2), q_rows * scale)
         return dq, dk.transpose(1, 2).to(k.dtype), dv.transpose(1, 2).to(v.dtype), None, None
 
 
@@ -239,64 +248,83 @@ class _TwoStreams(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, gate, g: Geometry, scale: float, trunk: str):
-        full, sparse = (torch.empty(q.shape, dtype=q.dtype, device=q.device) for _ in range(2))
+        full, sparse, out = (torch.empty(q.shape, dtype=q.dtype, device=q.device) for _ in range(3))
         lse_full, lse_sparse = (torch.empty(*q.shape[:3], 1, dtype=g.work, device=q.device) for _ in range(2))
-        k_h, v_h = _per_head(k, g.work), _per_head(v, g.work)
+        k_h, v_h, space = _per_head(k, g.work), _per_head(v, g.work), Workspace(q.device)
+        loss = torch.zeros((), dtype=g.work, device=q.device)
         for tile in g.tiles():
             at = (tile.b, tile.heads, tile.cols)
-            q_rows = _rows(q, tile, g, k_h.dtype)
-            parts = _both_weights(_scores(q_rows, k_h[at], tile, scale), tile.chosen, g)
-            if parts is None:
-                score = _scores(q_rows, k_h[at], tile, scale)
-                parts_sparse = _softmax_parts(_only_chosen(score, tile.chosen))
-                parts = (*_softmax_parts(score), *parts_sparse)
-            weight, total, lse, weight_s, total_s, lse_s = parts
-            _store(full, tile, g, _normalised(weight, total, v_h[at]))
-            _store(sparse, tile, g, _normalised(weight_s, total_s, v_h[at]))
-            _store(lse_full, tile, g, lse)
-            _store(lse_sparse, tile, g, lse_s)
-        gate_w = gate[..., None].to(g.work)
-        difference = (full.to(g.work) - sparse.to(g.work)).mul_(gate_w)
-        size = difference.abs()
-        loss = 2 * torch.where(size < 1, 0.5 * size * size, size - 0.5).mean()
-        out = ((full if trunk == "full" else sparse) * gate_w).to(q.dtype)
+            weight, lse, total, weight_s, lse_s, total_s = _both_weights(q, k_h[at], tile, g, scale, space)
+            o_full, o_sparse = _normalised(weight, total, v_h[at]), _normalised(weight_s, total_s, v_h[at])
+            for place, x in ((full, o_full), (sparse, o_sparse), (lse_full, lse), (lse_sparse, lse_s)):
+                _store(place, tile, g, x)
+            gate_rows = _rows(gate[..., None], tile, g, g.work)
+            _store(out, tile, g, (o_full if trunk == "full" else o_sparse) * gate_rows)
+            difference = o_full.to(q.dtype).to(g.work).sub_(o_sparse.to(q.dtype)).mul_(gate_rows)
+            loss += F.smooth_l1_loss(difference, difference.new_zeros(()).expand_as(difference), reduction="sum")
         ctx.save_for_backward(q, k, v, gate, full, sparse, lse_full, lse_sparse)
         ctx.g, ctx.scale, ctx.trunk = g, scale, trunk
-        return out, loss.float() if g.work == torch.float32 else loss
+        return out, loss * (2 / q.numel())
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, d_out, d_loss):
         q, k, v, gate, full, sparse, lse_full, lse_sparse = ctx.saved_tensors
         g, scale = ctx.g, ctx.scale
-        k_h, v_h = _per_head(k, g.work), _per_head(v, g.work)
-        gate_w, full_w, sparse_w = gate[..., None].to(g.work), full.to(g.work), sparse.to(g.work)
-        d_full = ((full_w - sparse_w) * gate_w).clamp_(-1, 1).mul_(d_loss.to(g.work) / full.numel())
-        d_sparse = -d_full
-        (d_full if ctx.trunk == "full" else d_sparse).add_(d_out.to(g.work))
-        delta_full = (d_full * full_w).sum(-1, keepdim=True)
-        delta_sparse = (d_sparse * sparse_w).sum(-1, keepdim=True)
-        d_gate = (delta_full + delta_sparse).squeeze(-1).to(gate.dtype)
-        for x in (d_full, d_sparse, delta_full, delta_sparse):
-            x.mul_(gate_w)
-        dq = torch.empty_like(q, memory_format=torch.contiguous_format)
+        k_h, v_h, space = _per_head(k, g.work), _per_head(v, g.work), Workspace(q.device)
+        dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        d_gate = torch.empty(*gate.shape, 1, dtype=gate.dtype, device=q.device)
         dk, dv = (torch.zeros(k_h.shape, dtype=g.work, device=q.device) for _ in range(2))
+        d_mean = d_loss.to(g.work) / q.numel()
         for tile in g.tiles():
             at = (tile.b, tile.heads, tile.cols)
             q_rows = _rows(q, tile, g, k_h.dtype)
-            do_f, do_s = _rows(d_full, tile, g, g.work), _rows(d_sparse, tile, g, g.work)
-            score = _scores(q_rows, k_h[at], tile, scale)
-            lse_s = _rows(lse_sparse, tile, g, g.work)
-            weight_s = _only_chosen(score, tile.chosen).sub_(lse_s).exp_()
-            weight = score.sub_(_rows(lse_full, tile, g, g.work)).exp_()
+            o_f, o_s, gate_rows = (_rows(x, tile, g, g.work) for x in (full, sparse, gate[..., None]))
+            do_f = (o_f - o_s).mul_(gate_rows).clamp_(-1, 1).mul_(d_mean)
+            do_s = -do_f
+            (do_f if ctx.trunk == "full" else do_s).add_(_rows(d_out, tile, g, g.work))
+            delta_f, delta_s = (do_f * o_f).sum(-1, keepdim=True), (do_s * o_s).sum(-1, keepdim=True)
+            _store(d_gate, tile, g, delta_f + delta_s)
+            for x in (do_f, do_s, delta_f, delta_s):
+                x.mul_(gate_rows)
+            score = _scores(q_rows, k_h[at], tile, scale, space)
+            lse_f, lse_s = _rows(lse_full, tile, g, g.work), _rows(lse_sparse, tile, g, g.work)
+            gap = lse_f - lse_s
+            if g.on_cpu and bool((gap < SAFE_GAP).all()):
+                # P_sparse = P_full * chosen * exp(gap): no second exponential; exp(gap) goes into the narrow side.
+                weight = score.sub_(lse_f).exp_()
+                weight_s = _times_mask(weight, tile.chosen, space)
+                ratio = gap.exp_()
+                do_s, delta_s = do_s.mul_(ratio), delta_s.mul_(ratio)
+            else:
+                weight_s = _only_chosen(score, tile.chosen).sub_(lse_s).exp_()
+                weight = score.sub_(lse_f).exp_()
             dv[at] += _mm(weight.to(v_h.dtype).transpose(1, 2), do_f.to(v_h.dtype))
             dv[at] += _mm(weight_s.to(v_h.dtype).transpose(1, 2), do_s.to(v_h.dtype))
             v_t = v_h[at].transpose(1, 2)
-            d_score = _mm(do_f, v_t).sub_(_rows(delta_full, tile, g, g.work)).mul_(weight)
-            d_score += _mm(do_s, v_t).sub_(_rows(delta_sparse, tile, g, g.work)).mul_(weight_s)
-            d_score.mul_(scale)
-            _store(dq, tile, g, _mm(d_score, k_h[at]))
-            dk[at] += _mm(d_score.to(k_h.dtype).transpose(1, 2), q_rows)
-        return dq, dk.transpose(1, 2).to(k.dtype), dv.transpose(1, 2).to(v.dtype), d_gate, None, None, None
+            d_score = _mm(do_f, v_t, space, "d_score").sub_(delta_f).mul_(weight)
+            d_score.addcmul_(_mm(do_s, v_t, space, "d_score_sparse").sub_(delta_s), weight_s)
+            _store(dq, tile, g, _mm(d_score, k_h[at]).mul_(scale))
+            dk[at] += _mm(d_score.to(k_h.dtype).transpose(1, 2), q_rows * scale)
+        d_k, d_v = dk.transpose(1, 2).to(k.dtype), dv.transpose(1, 2).to(v.dtype)
+        return dq, d_k, d_v, d_gate.squeeze(-1), None, None, None
+
+
+def _both_weights(q: Tensor, k_cols: Tensor, tile: Tile, g: Geometry, scale: float, space: Workspace):
+    """(weights, log-sum-exp, sum) of the full and of the sparse stream, from one score matrix."""
+    q_rows = _rows(q, tile, g, k_cols.dtype)
+    if g.on_cpu:
+        score = _scores(q_rows, k_cols, tile, scale, space)
+        top = score.amax(-1, keepdim=True)
+        weight = score.sub_(top).exp_()
+        weight_s = _times_mask(weight, tile.chosen, space)
+        total, total_s = weight.sum(-1, keepdim=True), weight_s.sum(-1, keepdim=True)
+        if bool((total_s > UNSAFE).all()):
+            return weight, top + total.log(), total, weight_s, top + total_s.log(), total_s
+    score = _scores(q_rows, k_cols, tile, scale, space)
+    weight_s, total_s, lse_s = _softmax_parts(_only_chosen(score, tile.chosen))
+    weight, total, lse = _softmax_parts(score)
+    return weight, lse, total, weight_s, lse_s, total_s
 
 
 def full_attention(q, k, v, scale: float, doc_starts, query_index) -> Tensor:
@@ -336,9 +364,9 @@ def attention_statistics(q, k, spec: BlockSpec, scale: float, doc_starts, query_
     blocks = select_blocks(q, k, spec, scale, doc_starts, query_index)
     g = Geometry(q, k, Stream("both", block_size=spec.block_size), doc_starts, query_index, blocks)
     inside, entropy = (torch.zeros(g.h_kv, g.h_q // g.h_kv, dtype=torch.float64, device=q.device) for _ in range(2))
-    k_h = _per_head(k, g.work)
+    k_h, space = _per_head(k, g.work), Workspace(q.device)
     for tile in g.tiles():
-        score = _scores(_rows(q, tile, g, k_h.dtype), k_h[tile.b, tile.heads, tile.cols], tile, scale)
+        score = _scores(_rows(q, tile, g, k_h.dtype), k_h[tile.b, tile.heads, tile.cols], tile, scale, space)
         log_weight = score.log_softmax(-1).unflatten(1, (g.h_q // g.h_kv, -1))
         weight = log_weight.exp()
         inside[tile.heads] += (weight * tile.chosen).sum((-1, -2)).double()

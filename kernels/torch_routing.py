@@ -1,7 +1,7 @@
 """Routing in PyTorch: pooled keys, block scores and exact top-k, a chunk of queries at a time.
 
-The selection is the oracle's (ties go to the lower block; own block first, the others in ascending order, then -1), no gradient
-flows, and no more than one chunk of `[chunk, N / b]` scores exists at once.
+The selection is the oracle's (ties go to the lower block; own block first, the others in ascending order, then -1),
+no gradient flows, and no more than one chunk of `[chunk, N / b]` scores exists at once.
 It refuses nothing: `checks.py` has seen the arguments.
 """
 
@@ -13,7 +13,8 @@ from .spec import BlockSpec
 
 
 def pooled_blocks(x_bnhd: Tensor, starts_bs: Tensor, block_size: int) -> Tensor:
-    """Mean over each slot's complete block, [B, slots, Hkv, D] in x's dtype; zero where a slot holds none. Differentiable."""
+    """Mean over each slot's complete block, [B, slots, Hkv, D] in x's dtype; zero where a slot holds none.
+    Differentiable."""
     batch, _, heads, dim = x_bnhd.shape
     slots = starts_bs.shape[1]
     if starts_bs.shape[0] == 1:  # no documents: blocks are aligned, and only the last can be missing
