@@ -7,10 +7,11 @@ synchronising a GPU: the values of `doc_starts` and `query_index` are checked on
 Shared arguments:
     scale: softmax scale; default D ** -0.5.
     doc_starts: int32 [B, N], for each token of the key sequence the index at which its own document begins.
-        Attention never crosses a document boundary, and blocks are numbered from the document's start. Padding: a
-    document of length 1 each. query_index: int32 [Nq], the place of each query row in the key sequence (context
-    parallelism); default 0..N-1. backend: "auto", "torch" or "triton". `auto` is the PyTorch backend everywhere
-        until the Triton kernels are built, and "triton" is refused until then.
+        Attention never crosses a document boundary, and blocks are numbered from the document's start.
+        Padding: one document of length 1 per token.
+    query_index: int32 [Nq], the place of each query row in the key sequence (context parallelism); default 0..N-1.
+    backend: "auto", "torch" or "triton". `auto` is the PyTorch backend everywhere until the Triton kernels are
+        built, and "triton" is refused until then.
 """
 
 from torch import Tensor

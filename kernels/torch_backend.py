@@ -79,7 +79,7 @@ class Geometry:
         t = self.at[rows]
         begin = None if self.doc_starts is None else self.doc_starts[b].long()[t]
         if self.stream.kind == "pooled":
-            start = self.key_start[b if self.key_start.shape[0] > 1 else 0]
+            start = self.key_start[b if self.doc_starts is not None else 0]
             seen = (start >= (0 if begin is None else begin[:, None])) & (
                 start + self.stream.block_size <= t[:, None] + 1
             )
@@ -352,7 +352,7 @@ def window_attention(q, k, v, window: int, scale: float, doc_starts, query_index
 def compressed_attention(q, k, v, spec: BlockSpec, scale: float, doc_starts, query_index) -> Tensor:
     """Autograd carries the pooling; the attention over pooled keys is one more masked stream."""
     starts_bs = slot_starts(doc_starts, k.shape[1], spec.block_size, q.device)
-    kbar, vbar = (pooled_blocks(x, starts_bs, spec.block_size) for x in (k, v))
+    kbar, vbar = (pooled_blocks(x, doc_starts, spec.block_size) for x in (k, v))
     at = torch.arange(k.shape[1], device=q.device) if query_index is None else query_index
     g = Geometry(q, kbar, Stream("pooled", block_size=spec.block_size), doc_starts, at, None)
     g.key_start = torch.where(starts_bs >= 0, starts_bs, 1 << 40)

@@ -12,15 +12,16 @@ from .layout import slot_count, slot_starts
 from .spec import BlockSpec
 
 
-def pooled_blocks(x_bnhd: Tensor, starts_bs: Tensor, block_size: int) -> Tensor:
+def pooled_blocks(x_bnhd: Tensor, doc_starts: Tensor | None, block_size: int) -> Tensor:
     """Mean over each slot's complete block, [B, slots, Hkv, D] in x's dtype; zero where a slot holds none.
     Differentiable."""
     batch, _, heads, dim = x_bnhd.shape
-    slots = starts_bs.shape[1]
-    if starts_bs.shape[0] == 1:  # no documents: blocks are aligned, and only the last can be missing
+    slots = slot_count(x_bnhd.shape[1], block_size)
+    if doc_starts is None:  # blocks are aligned, and only the last can be missing
         whole = x_bnhd.shape[1] // block_size
         mean = x_bnhd[:, : whole * block_size].reshape(batch, whole, block_size, heads, dim).mean(2)
         return torch.nn.functional.pad(mean, (0, 0, 0, 0, 0, slots - whole))
+    starts_bs = slot_starts(doc_starts, x_bnhd.shape[1], block_size, x_bnhd.device)
     index = (starts_bs.clamp(min=0)[..., None] + torch.arange(block_size, device=x_bnhd.device)).flatten(1)
     index = index.clamp(max=x_bnhd.shape[1] - 1)[..., None, None].expand(-1, -1, heads, dim)
     mean = x_bnhd.gather(1, index).view(batch, slots, block_size, heads, dim).mean(2)
@@ -52,7 +53,7 @@ def _select(q, k, spec, scale, doc_starts, query_index) -> Tensor:
     work = torch.float64 if q.dtype == torch.float64 else torch.float32
     out = torch.full((batch, n_q, h_kv, count), -1, dtype=torch.int32, device=device)
     starts_bs = slot_starts(doc_starts, n, size, device)
-    kbar_bhsd = pooled_blocks(k.to(work), starts_bs, size).transpose(1, 2)
+    kbar_bhsd = pooled_blocks(k.to(work), doc_starts, size).transpose(1, 2)
     at = torch.arange(n, device=device) if query_index is None else query_index.long()
     chunk = max(16, (1 << (20 if on_cpu else 26)) // max(1, h_q * slot_count(n, size)))
     for b in range(batch):
@@ -69,7 +70,7 @@ def _select(q, k, spec, scale, doc_starts, query_index) -> Tensor:
                 out[b, lo:hi, :, 1:] = torch.where(earlier < own_c[:, None], earlier, -1)[:, None]
                 continue
             first, last = (int((s // size).min()), int((t // size).max()) + 1) if on_cpu else (0, starts_bs.shape[1])
-            start = starts_bs[b if starts_bs.shape[0] > 1 else 0, first:last]
+            start = starts_bs[b if doc_starts is not None else 0, first:last]
             seen = (start >= s[:, None]) & (start + size <= t[:, None] + 1)  # implies the same document
             q_hcd = (q[b, lo:hi].to(work) * scale).view(hi - lo, h_kv, -1, dim).permute(1, 2, 0, 3).flatten(1, 2)
             score = torch.bmm(q_hcd, kbar_bhsd[b, :, first:last].transpose(1, 2)).view(h_kv, -1, hi - lo, last - first)

@@ -1,0 +1,1 @@
+"""Tests of `kernels`: each file judges one part, against the oracle and by properties."""

@@ -1,0 +1,63 @@
+"""Inputs and comparisons shared by the kernel tests: seeded, small, and packed into documents where asked.
+
+Every comparison states a tolerance as an error norm relative to the oracle's.
+It refuses to compare gradients that do not exist.
+"""
+
+import torch
+
+from kernels import BlockSpec
+
+
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def inputs(batch, n, h_q, h_kv, dim, *, n_q=None, seed=0, dtype=torch.float32, grad=True):
+    """q, k, v, gate and an upstream gradient."""
+    gen = generator(seed)
+    rows = n if n_q is None else n_q
+    q = torch.randn(batch, rows, h_q, dim, generator=gen, dtype=torch.float64)
+    k, v = (torch.randn(batch, n, h_kv, dim, generator=gen, dtype=torch.float64) for _ in range(2))
+    gate = torch.rand(batch, rows, h_q, generator=gen, dtype=torch.float64)
+    upstream = torch.randn(q.shape, generator=gen, dtype=torch.float64).to(dtype)
+    return [x.to(dtype).requires_grad_(grad) for x in (q, k, v, gate)], upstream
+
+
+def documents(batch: int, n: int, mean_length: int, seed: int = 0) -> torch.Tensor:
+    """Random packed documents, int32 [B, N]; mean_length 1 makes every token a document."""
+    cut = torch.rand(batch, n, generator=generator(seed)) < 1.0 / mean_length
+    cut[:, 0] = True
+    return torch.where(cut, torch.arange(n), 0).cummax(1).values.int()
+
+
+def places(n: int, rows: int, seed: int = 0) -> torch.Tensor:
+    """A query_index of `rows` distinct places, in no order."""
+    return torch.randperm(n, generator=generator(seed))[:rows].int()
+
+
+def outputs_and_gradients(result, upstream, leaves, loss_weight=3.0):
+    """[outputs..., gradients...] of one call; a tuple result is (output, alignment loss)."""
+    results = result if isinstance(result, tuple) else (result,)
+    total = (results[0] * upstream).sum()
+    if len(results) > 1:
+        total = total + loss_weight * results[1] * results[0].numel()
+    if not total.requires_grad:
+        return [*results, *(torch.zeros_like(x) for x in leaves)]
+    return [*results, *torch.autograd.grad(total, leaves, allow_unused=True, materialize_grads=True)]
+
+
+def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
+    """Norm of the error over the norm of the truth, which counts as at least 0.01 per element (a true zero has none)."""
+    got, expected = got.detach().double(), expected.detach().double()
+    return float((got - expected).norm() / max(expected.norm(), 0.01 * expected.numel() ** 0.5))
+
+
+def assert_close(got, expected, tolerance, what=""):
+    for i, (a, b) in enumerate(zip(got, expected, strict=True)):
+        assert torch.isfinite(a).all(), f"{what}: item {i} is not finite"
+        error = relative_error(a, b)
+        assert error <= tolerance, f"{what}: item {i} is off by {error:.2e}, allowed {tolerance:.0e}"
+
+
+SPEC = BlockSpec(16, 3)
