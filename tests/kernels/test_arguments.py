@@ -74,14 +74,14 @@ def test_a_wrong_argument_is_named(name, change):
 def test_wrong_blocks_and_window_are_named():
     q, k = torch.randn(1, 20, 4, 8), torch.randn(1, 20, 2, 8)
     for blocks in (torch.zeros(1, 20, 4, 2, dtype=torch.int32), torch.zeros(1, 20, 2, 2)):
-        with pytest.raises(KernelArgumentError, match="^blocks"):
+        with pytest.raises(KernelArgumentError, match=r"^blocks"):
             kernels.sparse_attention(q, k, k, BlockSpec(4, 2), blocks=blocks)
-    with pytest.raises(KernelArgumentError, match="^window"):
+    with pytest.raises(KernelArgumentError, match=r"^window"):
         kernels.window_attention(q, k, k, 0)
 
 
 def test_triton_on_a_cpu_is_refused():
-    with pytest.raises(KernelArgumentError, match="^backend"):
+    with pytest.raises(KernelArgumentError, match=r"^backend"):
         call(backend="triton")
 
 

@@ -21,7 +21,7 @@ def tiny():
 
 
 def test_oracle_gradients_pass_finite_differences(tiny):
-    q, k, v, gate, docs = tiny
+    q, k, v, _, docs = tiny
     spec = BlockSpec(2, 2)
     blocks = oracle.select_blocks(q.detach(), k.detach(), spec, SCALE, docs)
     for function in (

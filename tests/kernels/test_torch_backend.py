@@ -75,7 +75,7 @@ def test_fp64_inputs_are_computed_in_fp64():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_rounds_only_inputs_and_outputs(dtype):
-    leaves, upstream, spec, scale, docs, index = build((129, 4, 2, 16, 16, 3, 60, 0), dtype)
+    leaves, upstream, spec, scale, docs, _ = build((129, 4, 2, 16, 16, 3, 60, 0), dtype)
     leaves64 = [x.detach().double().requires_grad_() for x in leaves]
     blocks = kernels.select_blocks(*leaves[:2], spec, doc_starts=docs)
     got = outputs_and_gradients(kernels.ssa_attention(*leaves, spec, trunk="full", doc_starts=docs), upstream, leaves)
