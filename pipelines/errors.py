@@ -1,0 +1,41 @@
+"""Errors of the data pipeline that a user can act on.
+
+Each says what is wrong (which file or setting, and its value) in `problem` and what to do about it in `remedy`.
+Anything else that escapes this package is a bug of ours and keeps its traceback.
+"""
+
+
+class DataError(Exception):
+    """Base of every data error.
+
+    `problem` names the file or field and the value found; `remedy` says what would work.
+    """
+
+    def __init__(self, problem: str, *, remedy: str = ""):
+        self.problem, self.remedy = problem, remedy
+        super().__init__(problem + (f"\n  remedy: {remedy}" if remedy else ""))
+
+
+class CorpusError(DataError):
+    """The text to prepare is missing, empty or not readable; names file and line."""
+
+
+class TokenizerError(DataError):
+    """The tokenizer model cannot be trained, loaded or used for this purpose."""
+
+
+class DatasetError(DataError):
+    """A prepared dataset folder is absent, incomplete, in the way, or asked for more than it holds."""
+
+
+class DatasetMismatch(DatasetError):  # noqa: N818 (the name says what happened)
+    """Dataset and recipe, or dataset and saved position, do not belong together; names both values."""
+
+
+class ShardError(DatasetError):
+    """A shard is missing, truncated or damaged; `shard` is its path."""
+
+    def __init__(self, shard: object, problem: str, *, remedy: str = ""):
+        self.shard = str(shard)
+        remedy = remedy or "restore this file from a copy, or prepare the dataset again from its corpus"
+        super().__init__(f"shard {self.shard}: {problem}", remedy=remedy)

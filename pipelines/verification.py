@@ -1,0 +1,90 @@
+"""Reads every byte of a prepared dataset and compares it with what `dataset.json` promises.
+
+A dataset that passes holds every row that was written, decodable and unaltered. It refuses the first file that is
+missing, of another size or another sha256, miscounted or not decodable, by name.
+"""
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from pipelines.dataset import TOKENIZER_NAME, DatasetInfo, load_dataset_info
+from pipelines.errors import ShardError
+from pipelines.packing import from_sample
+from pipelines.shards import check_index, check_sha256, check_size
+
+Progress = Callable[[int, int | None], None]
+
+
+def verify(path: str | Path, *, progress: Progress | None = None) -> dict:
+    """Checks the whole dataset at `path`; writes nothing.
+
+    progress: called with (bytes checked, bytes in all) after each shard.
+    Returns {"path", "fingerprint", "splits": {name: {"rows", "shards", "bytes"}}}.
+    Raises DatasetError for a bad `dataset.json`, ShardError naming the first bad file otherwise.
+    """
+    info = load_dataset_info(path)
+    check_sha256(info.path / TOKENIZER_NAME, info.tokenizer_fingerprint)
+    total = sum(file.bytes for split in info.splits.values() for file in split.files.values())
+    done, report = 0, {}
+    for name, split in info.splits.items():
+        check_index(info, name)
+        folder, rows, shards = info.path / name, 0, 0
+        for shard in _shards(info, name):
+            stored_name = (shard.zip_data or shard.raw_data).basename
+            stored = split.files.get(stored_name)
+            if stored is None:
+                raise ShardError(folder / stored_name, "in the index, but dataset.json does not know it")
+            check_size(folder / stored_name, stored.bytes)
+            check_sha256(folder / stored_name, stored.sha256)
+            rows += _check_rows(info, folder, shard)
+            shards += 1
+            done += stored.bytes
+            if progress:
+                progress(done, total)
+        if rows != split.rows or shards != len(split.files) - 1:
+            raise ShardError(
+                folder, f"{shards} shards, {rows} rows; dataset.json: {len(split.files) - 1}, {split.rows}"
+            )
+        report[name] = {"rows": rows, "shards": shards, "bytes": sum(file.bytes for file in split.files.values())}
+    return {"path": str(info.path), "fingerprint": info.fingerprint, "splits": report}
+
+
+def _shards(info: DatasetInfo, split: str) -> list:
+    from streaming import LocalDataset  # seconds to import
+
+    return LocalDataset(str(info.path), split).shards
+
+
+def _check_rows(info: DatasetInfo, folder: Path, shard) -> int:
+    """Decodes every row of one shard; a compressed one in a temporary folder. Returns the number of rows."""
+    if not shard.zip_data:
+        return _decode_rows(info, folder / shard.raw_data.basename, shard)
+    from streaming.base.compression import decompress
+
+    left_by_stream = folder / shard.raw_data.basename  # what training has decompressed already is what it will read
+    if left_by_stream.exists():
+        check_sha256(left_by_stream, shard.raw_data.hashes["sha256"])
+    with tempfile.TemporaryDirectory() as temporary:
+        compressed = folder / shard.zip_data.basename
+        try:
+            data = decompress(shard.compression, compressed.read_bytes())
+        except Exception as error:  # the decompressors each have an error type of their own
+            raise ShardError(compressed, f"cannot be decompressed ({error})") from error
+        Path(temporary, shard.raw_data.basename).write_bytes(data)
+        shard.dirname, shard.split = temporary, ""
+        return _decode_rows(info, compressed, shard)
+
+
+def _decode_rows(info: DatasetInfo, shown: Path, shard) -> int:
+    raw = Path(shard.dirname, shard.split, shard.raw_data.basename)
+    with open(raw, "rb") as file:
+        header = int.from_bytes(file.read(4), "little")  # MDS begins with the number of samples, uint32
+    if header != shard.samples:
+        raise ShardError(shown, f"its header says {header} rows, the index {shard.samples}")
+    for index in range(shard.samples):
+        try:
+            from_sample(shard[index], row_length=info.row_length, vocab_size=info.vocab_size)
+        except (OSError, ValueError, IndexError, KeyError, TypeError, EOFError) as error:
+            raise ShardError(shown, f"row {index} of {shard.samples} cannot be read ({error})") from error
+    return shard.samples
