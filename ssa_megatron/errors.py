@@ -10,8 +10,14 @@ class SSAError(Exception):
     exit_code = 1
 
     def __init__(self, problem: str, *, remedy: str = ""):
+        super().__init__(problem, remedy)
         self.problem, self.remedy = problem, remedy
-        super().__init__(problem + (f"\n  remedy: {remedy}" if remedy else ""))
+
+    def __str__(self) -> str:
+        return self.problem + (f"\n  remedy: {self.remedy}" if self.remedy else "")
+
+    def __reduce__(self):  # errors travel between ranks
+        return _rebuild, (type(self), self.problem, self.remedy)
 
 
 class ConfigError(SSAError):
@@ -51,3 +57,7 @@ class EnvironmentProblem(SSAError):
 
 
 EXIT_REQUEUE = 75  # a committed checkpoint exists and the job wants to be started again (signals)
+
+
+def _rebuild(kind: type[SSAError], problem: str, remedy: str) -> SSAError:
+    return kind(problem, remedy=remedy)

@@ -1,0 +1,1 @@
+"""Checkpoints: topology-free, verified, committed by one rename."""

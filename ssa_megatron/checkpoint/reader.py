@@ -1,0 +1,193 @@
+"""Reads a checkpoint: verified files, tensors assembled by global name, at any topology.
+
+`Checkpoint` opens one committed folder; `verify` compares every file with the manifest's size and sha256; `newest_valid`
+finds, on all ranks together, the newest checkpoint that verifies and says why it passed over newer ones. No pickle is read.
+"""
+
+import hashlib
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ssa_megatron.checkpoint.manifest import Manifest, committed, step_folder
+from ssa_megatron.errors import CheckpointError
+from ssa_megatron.parallel.context import ParallelContext
+from ssa_megatron.zero.optimizer import ShardedOptimizer
+
+
+class Checkpoint:
+    """One committed checkpoint, opened for reading. Tensors are read one at a time."""
+
+    def __init__(self, folder: Path):
+        self.folder = Path(folder)
+        self.content = Manifest.read(self.folder)
+        self._open: dict[str, safe_open] = {}
+
+    @classmethod
+    def open(cls, path: str | Path, step: int | None = None) -> "Checkpoint":
+        """`path`: a run folder (its newest checkpoint, or that of `step`) or a step folder. Files are verified first.
+
+        Raises CheckpointError naming what is missing or damaged.
+        """
+        path = Path(path)
+        if (path / "manifest.json").is_file():
+            chosen = path
+        elif step is not None:
+            chosen = step_folder(path, step)
+            if not chosen.is_dir():
+                have = ", ".join(str(int(p.name[5:])) for p in committed(path)) or "none"
+                raise CheckpointError(f"{path} has no checkpoint of step {step}", remedy=f"steps present: {have}")
+        else:
+            candidates = committed(path)
+            if not candidates:
+                raise CheckpointError(f"{path} holds no committed checkpoint", remedy="give a run folder that was trained")
+            chosen = candidates[0]
+        checkpoint = cls(chosen)
+        checkpoint.verify()
+        return checkpoint
+
+    @property
+    def manifest(self) -> dict:
+        """step, state, recipe_digest, tokenizer_fingerprint."""
+        c = self.content
+        return {
+            "step": c.step,
+            "state": c.state,
+            "recipe_digest": c.recipe_digest,
+            "tokenizer_fingerprint": c.tokenizer_fingerprint,
+        }
+
+    @property
+    def recipe(self) -> dict:
+        """The resolved recipe the checkpoint was trained with."""
+        return self.content.recipe
+
+    @property
+    def tokenizer_path(self) -> Path:
+        """The run's own copy of its tokenizer."""
+        return self.folder.parent.parent / "tokenizer.model"
+
+    def names(self) -> list[str]:
+        return list(self.content.tensors)
+
+    def verify(self, files: list[str] | None = None) -> None:
+        """Compare `files` (all by default) with the manifest; raises CheckpointError naming the first that differs."""
+        for name in self.content.files if files is None else files:
+            expected, path = self.content.files[name], self.folder / name
+            try:
+                size = path.stat().st_size
+                if size != expected.bytes:
+                    raise CheckpointError(f"{path}: {size} bytes, the manifest says {expected.bytes}")
+                with path.open("rb") as file:
+                    found = hashlib.file_digest(file, "sha256").hexdigest()
+            except OSError as error:
+                raise CheckpointError(f"{path}: {error.strerror}") from None
+            if found != expected.sha256:
+                raise CheckpointError(f"{path}: sha256 {found[:12]}..., the manifest says {expected.sha256[:12]}...")
+
+    def tensor(self, name: str, kind: str = "weight", dtype: torch.dtype | None = None) -> Tensor:
+        """The whole global tensor, on the CPU. `weight` falls back to the master where they are the same values."""
+        entry = self._entry(name, kind)
+        return self.rectangle(name, kind, (0,) * len(entry["shape"]), tuple(entry["shape"])).to(dtype or getattr(torch, entry["dtype"]))
+
+    def rectangle(self, name: str, kind: str, offset: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
+        """The part of a global tensor that starts at `offset` and has `shape`, whatever pieces it is stored in."""
+        entry = self._entry(name, kind)
+        result = torch.empty(shape, dtype=getattr(torch, entry["dtype"]))
+        filled = 0
+        for (p_offset, p_shape), pieces in _by_rectangle(entry["pieces"]).items():
+            low = [max(a, b) for a, b in zip(offset, p_offset, strict=True)]
+            high = [min(a + n, b + m) for a, n, b, m in zip(offset, shape, p_offset, p_shape, strict=True)]
+            if any(a >= b for a, b in zip(low, high, strict=True)):
+                continue
+            stored = torch.empty(math.prod(p_shape), dtype=result.dtype)
+            covered = 0
+            for piece in pieces:
+                first, last = piece["range"]
+                stored[first:last] = self._read(piece["file"], piece["key"])
+                covered += last - first
+            if covered != stored.numel():
+                raise CheckpointError(f"{self.folder}: {kind} {name} is stored incompletely ({covered} of {stored.numel()})")
+            source = stored.view(p_shape)[_slices(low, high, p_offset)]
+            result[_slices(low, high, offset)] = source
+            filled += source.numel()
+        if filled != result.numel():
+            raise CheckpointError(f"{self.folder}: {kind} {name} covers {filled} of {result.numel()} requested elements")
+        return result
+
+    def _entry(self, name: str, kind: str) -> dict:
+        kinds = self.content.tensors.get(name)
+        if kinds is None:
+            raise CheckpointError(f"{self.folder} holds no tensor {name!r}", remedy="it was trained with another model")
+        return kinds[kind] if kind in kinds or kind != "weight" else kinds["master"]
+
+    def _read(self, file: str, key: str) -> Tensor:
+        try:
+            if file not in self._open:
+                self._open[file] = safe_open(self.folder / file, framework="pt")
+            return self._open[file].get_tensor(key)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{self.folder / file}: {key} cannot be read ({error})") from None
+
+
+def newest_valid(run: Path, context: ParallelContext) -> tuple[Checkpoint | None, list[str]]:
+    """The newest checkpoint of a run that verifies, the same on every rank, and a line for each newer one passed over.
+
+    The ranks share the hashing. Raises CheckpointError when checkpoints exist and none of them verifies: starting from
+    scratch is a decision for a person.
+    """
+    rejected = []
+    for name in context.agree([path.name for path in committed(run)] if context.is_writer else None):
+        problem, checkpoint = None, None
+        try:
+            checkpoint = Checkpoint(run / "checkpoints" / name)
+            checkpoint.verify(list(checkpoint.content.files)[context.rank :: context.world])
+        except CheckpointError as error:
+            problem = error.problem
+        problem = next((p for p in context.gather(problem) if p), None)
+        if problem is None:
+            return checkpoint, rejected
+        rejected.append(f"checkpoint {name} is not used: {problem}")
+    if rejected:
+        raise CheckpointError(
+            "no checkpoint of this run is intact:\n  " + "\n  ".join(rejected),
+            remedy=f"restore {run / 'checkpoints'} from a copy, or move it away to start from scratch",
+        )
+    return None, []
+
+
+@torch.no_grad()
+def load_into(checkpoint: Checkpoint, optimizer: ShardedOptimizer, *, applied_steps: int) -> None:
+    """Fill this rank's masters and moments, refresh the working weights, and check that they equal the file's."""
+    for fragment in optimizer.fragments():
+        for kind in ("master", "exp_avg", "exp_avg_sq"):
+            for target, values in _fragment_values(checkpoint, fragment, kind):
+                getattr(fragment, kind)[target] = values.to(fragment.master.device)
+    optimizer.restored(applied_steps)
+    for fragment in optimizer.fragments():
+        if not torch.equal(fragment.working, fragment.master.to(fragment.working.dtype)):
+            raise CheckpointError(f"{checkpoint.folder}: working weights differ from their masters after loading")
+
+
+def _fragment_values(checkpoint: Checkpoint, fragment, kind: str) -> Iterator[tuple[slice, Tensor]]:
+    for block in fragment.named.blocks:
+        first = max(fragment.start, block.start)
+        last = min(fragment.start + fragment.numel, block.start + block.numel)
+        if first < last:
+            values = checkpoint.rectangle(block.name, kind, block.offset, block.shape).flatten()
+            yield slice(first - fragment.start, last - fragment.start), values[first - block.start : last - block.start]
+
+
+def _by_rectangle(pieces: list[dict]) -> dict[tuple, list[dict]]:
+    groups: dict[tuple, list[dict]] = {}
+    for piece in pieces:
+        groups.setdefault((tuple(piece["offset"]), tuple(piece["shape"])), []).append(piece)
+    return groups
+
+
+def _slices(low: list[int], high: list[int], origin: tuple[int, ...]) -> tuple[slice, ...]:
+    return tuple(slice(a - o, b - o) for a, b, o in zip(low, high, origin, strict=True))

@@ -1,0 +1,154 @@
+"""Reads a recipe: a packaged name or a YAML file, overrides from the command line, validation, a digest.
+
+The resolved recipe is the single source of truth of a run; everything else (Megatron's config, DeepSpeed's JSON) is derived
+from it. Unknown keys, mistyped values and impossible combinations are refused with the field, the value and the remedy.
+"""
+
+import difflib
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from ssa_megatron.config.sections import Recipe
+from ssa_megatron.errors import ConfigError
+
+RECIPES = Path(__file__).parent / "recipes"
+
+
+def packaged_recipes() -> list[str]:
+    """Names that `load_recipe` accepts without a path."""
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def load_recipe(name_or_path: str, overrides: Iterable[str] = ()) -> Recipe:
+    """Resolve a recipe.
+
+    `name_or_path`: a packaged name (`demo`) or a YAML file. `overrides`: `section.field=value` strings, values in YAML syntax.
+    Raises ConfigError naming the field, what it got and what would work.
+    """
+    values = _read_yaml(name_or_path)
+    for override in overrides:
+        _apply_override(values, override)
+    return resolve(values, origin=str(name_or_path))
+
+
+def resolve(values: dict, *, origin: str) -> Recipe:
+    """Validate a nested dict into a Recipe; `origin` is named in errors."""
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(_explain(error, values, origin), remedy="edit the recipe or the override named above") from None
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The resolved recipe as YAML, every default written out: `config.yaml` of a run and the golden files of the tests."""
+    return yaml.safe_dump(recipe.model_dump(), sort_keys=False)
+
+
+def digest(recipe: Recipe) -> str:
+    """sha256 (hex) of what makes two runs the same run: model, attention, optimizer, schedule, batch, seed, precision.
+
+    Topology, ZeRO stage, recompute, intervals, paths and the attention backend may change between restarts.
+    """
+    values = recipe.model_dump()
+    train = values["train"]
+    identity = {
+        "model": values["model"],
+        "attention": {k: v for k, v in values["attention"].items() if k != "backend"},
+        "optimizer": values["optimizer"],
+        "schedule": values["schedule"],
+        "shuffle": values["data"]["shuffle"],
+        "train": {
+            k: train[k]
+            for k in ("steps", "sequence_length", "global_batch_rows", "micro_batch_rows", "seed", "precision")
+        },
+    }
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+
+def differences(old: dict, new: dict, prefix: str = "") -> list[str]:
+    """`section.field: old -> new`, one line a differing leaf, for the message that refuses a changed recipe."""
+    lines = []
+    for key in sorted(old.keys() | new.keys()):
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            lines += differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            lines.append(f"{prefix}{key}: {a!r} -> {b!r}")
+    return lines
+
+
+def _read_yaml(name_or_path: str) -> dict:
+    path = Path(name_or_path)
+    if not path.suffix and not path.exists():
+        path = RECIPES / f"{name_or_path}.yaml"
+        if not path.is_file():
+            close = difflib.get_close_matches(name_or_path, packaged_recipes(), n=1)
+            hint = f"did you mean {close[0]!r}? " if close else ""
+            raise ConfigError(
+                f"recipe {name_or_path!r} does not exist",
+                remedy=f"{hint}packaged recipes: {', '.join(packaged_recipes())}; or give the path of a .yaml file",
+            )
+    try:
+        values = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"recipe {path} cannot be read: {error.strerror}", remedy="check the path") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"recipe {path} is not valid YAML: {error}", remedy="fix the line named above") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"recipe {path} holds {type(values).__name__}, not sections", remedy="start from a packaged recipe")
+    return values
+
+
+def _apply_override(values: dict, override: str) -> None:
+    key, separator, text = override.partition("=")
+    parts = key.split(".")
+    if not separator or not all(parts):
+        raise ConfigError(f"override {override!r} is not of the form section.field=value", remedy="e.g. train.steps=100")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {override!r}: the value is not valid YAML: {error}", remedy="quote it") from None
+    if isinstance(value, str):  # YAML 1.1 reads 1e-3 as a string; a learning rate is a number
+        try:
+            value = float(value)
+        except ValueError:
+            pass
+    section = values
+    for part in parts[:-1]:
+        section = section.setdefault(part, {})
+        if not isinstance(section, dict):
+            raise ConfigError(f"override {override!r}: {part!r} is a value, not a section", remedy="check the field's name")
+    section[parts[-1]] = value
+
+
+def _explain(error: ValidationError, values: dict, origin: str) -> str:
+    lines = [f"recipe {origin} is not valid:"]
+    for problem in error.errors():
+        where = ".".join(str(part) for part in problem["loc"])
+        if problem["type"] == "extra_forbidden":
+            known = _fields_at(problem["loc"][:-1])
+            close = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
+            lines.append(f"  {where}: unknown key{hint}")
+        elif problem["type"] == "missing":
+            lines.append(f"  {where}: required, but not given")
+        else:
+            got = "" if isinstance(problem["input"], dict | BaseModel) else f" (got {problem['input']!r})"
+            lines.append(f"  {where or 'recipe'}: {problem['msg'].removeprefix('Value error, ')}{got}")
+    return "\n".join(lines)
+
+
+def _fields_at(location: tuple) -> list[str]:
+    model = Recipe
+    for part in location:
+        field = model.model_fields.get(str(part))
+        annotation = field.annotation if field else None
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return []
+        model = annotation
+    return sorted(model.model_fields)

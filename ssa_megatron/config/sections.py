@@ -1,0 +1,209 @@
+"""The recipe: every setting of a run, typed and frozen, one class a section.
+
+Unknown keys are errors, and each field's docstring gives its unit and, where there is one, the value to start from. What two
+sections owe each other (heads against groups, rows against micro-batches) is checked here; what a topology may combine is
+checked by `parallel/topology.py`.
+"""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True)
+
+
+class RopeScaling(Section):
+    """Llama-3 RoPE scaling for contexts longer than those trained on."""
+
+    factor: float = Field(4.0, ge=1)
+    """By how much the context grows."""
+    low_freq_factor: float = Field(1.0, gt=0)
+    high_freq_factor: float = Field(4.0, gt=0)
+    original_max_position_embeddings: int = Field(8192, ge=1)
+    """Tokens; the context length trained on before scaling."""
+
+
+class Model(Section):
+    """The transformer. Sizes of the paper: method.md's table; ours in recipes/."""
+
+    vocab_size: int = Field(ge=2)
+    """Rows of the embedding; at least the tokenizer's number of pieces."""
+    hidden_size: int = Field(ge=8)
+    num_layers: int = Field(ge=1)
+    num_heads: int = Field(ge=1)
+    """Query heads."""
+    num_kv_heads: int = Field(ge=1)
+    """Key/value heads (query groups); divides `num_heads`."""
+    head_dim: int = Field(ge=2)
+    """Channels of one head; even, because RoPE turns pairs. 64 or 128 are fast."""
+    ffn_size: int = Field(ge=8)
+    """Hidden width of the SwiGLU MLP."""
+    max_sequence_length: int = Field(ge=2)
+    """Tokens; the context length the exported model announces."""
+    rope_theta: float = Field(500000.0, gt=0)
+    """Base of the rotary frequencies; 500000 in the paper's models."""
+    rope_scaling: RopeScaling | None = None
+    norm_eps: float = Field(1e-5, gt=0)
+    tied_embeddings: bool = True
+    """Whether the output layer uses the embedding matrix; tied in the paper's models."""
+    init_std: float = Field(0.02, gt=0)
+    """Standard deviation of the normal distribution every matrix starts from."""
+
+    @model_validator(mode="after")
+    def _consistent(self):
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"num_kv_heads={self.num_kv_heads} must divide num_heads={self.num_heads}")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim={self.head_dim} must be even: RoPE rotates pairs of channels")
+        return self
+
+
+class Attention(Section):
+    """Which attention trains, and the sparse stream's shape (paper section 3)."""
+
+    kind: Literal["full", "moba", "nsa", "ssa"] = "ssa"
+    """`ssa`: full and sparse streams with alignment; `full` and `moba`: one stream; `nsa`: compressed + selected + window."""
+    block_size: int = Field(16, ge=1)
+    """Tokens in a block; 16 in the paper."""
+    block_count: int = Field(16, ge=1)
+    """Blocks each token attends to, its own included; block_size * block_count is the receptive field."""
+    topk: Literal["exact", "authors"] = "exact"
+    """`authors` reproduces the approximate selection of the authors' kernel, to run their checkpoints as trained."""
+    window: int = Field(128, ge=1)
+    """Tokens of the sliding window; used by `nsa` only."""
+    alignment_weight: float = Field(10.0, ge=0)
+    """Alpha, the weight of the alignment loss; used by `ssa` only. 10 in the paper."""
+    sparse_probability: float = Field(0.5, ge=0, le=1)
+    """How often a micro-batch trains the trunk on the sparse stream; used by `ssa` only. 0.5 in the paper."""
+    backend: Literal["auto", "triton", "torch"] = "auto"
+    """Which implementation of `kernels` runs; `auto` is the fast one proven on the device at hand."""
+
+
+class Parallel(Section):
+    """How the model is cut over processes. Data parallelism is what remains of the world."""
+
+    tensor: int = Field(1, ge=1)
+    """Tensor-parallel ranks; heads, MLP width and vocabulary are divided among them."""
+    sequence: bool = False
+    """Sequence parallelism: norms and residuals are divided over the tensor-parallel ranks. Recommended with tensor > 1."""
+    pipeline: int = Field(1, ge=1)
+    virtual_pipeline: int = Field(1, ge=1)
+    context: int = Field(1, ge=1)
+
+
+class Zero(Section):
+    """DeepSpeed ZeRO: what is sharded over the data-parallel ranks."""
+
+    stage: Literal[1, 2, 3] = 1
+    """1: optimizer states. 2: gradients too. 3: parameters too."""
+    reduce_bucket_mb: int = Field(200, ge=1)
+    """Megabytes of gradients reduced in one call."""
+
+
+class Data(Section):
+    """The dataset folder written by `ssa data prepare`."""
+
+    path: str | None = None
+    """Folder with dataset.json, train/ and validation/."""
+    workers: int = Field(0, ge=0)
+    """Data-loading processes per rank; 0 reads in the training process, enough for packed rows on local disk."""
+    shuffle: bool = True
+
+
+class Optimizer(Section):
+    """AdamW. Matrices decay, norms do not."""
+
+    lr: float = Field(1e-3, gt=0)
+    """Peak learning rate."""
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.95, ge=0, lt=1)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.1, ge=0)
+    clip_grad_norm: float = Field(1.0, ge=0)
+    """Global gradient norm above which gradients are scaled down; 0 switches clipping off."""
+
+
+class Schedule(Section):
+    """The learning rate over optimizer steps."""
+
+    kind: Literal["cosine", "wsd", "constant"] = "cosine"
+    """`wsd`: warm up, stay, decay linearly over the last `decay_fraction` of the steps."""
+    warmup_fraction: float = Field(0.01, ge=0, le=1)
+    """Share of train.steps spent rising linearly from 0 to the peak."""
+    decay_fraction: float = Field(0.2, ge=0, le=1)
+    """Share of train.steps at the end over which `wsd` falls to min_lr_ratio."""
+    min_lr_ratio: float = Field(0.0, ge=0, le=1)
+    """Final learning rate as a share of the peak."""
+
+
+class Train(Section):
+    """The loop."""
+
+    steps: int = Field(ge=1)
+    """Optimizer steps of the whole run; the schedule spans them."""
+    sequence_length: int = Field(ge=2)
+    """Tokens in a packed row; the dataset must have been prepared with this row length."""
+    global_batch_rows: int = Field(ge=1)
+    """Rows of one optimizer step, over all data-parallel ranks and micro-batches."""
+    micro_batch_rows: int = Field(ge=1)
+    """Rows of one forward pass on one rank; what fits in memory."""
+    seed: int = Field(1234, ge=0)
+    """Decides initial weights, order of samples and trunk draws."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """bf16: bf16 compute, fp32 gradient accumulation and fp32 master weights."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """What is recomputed in backward instead of kept: nothing, the attention core, or whole layers."""
+    eval_interval: int = Field(0, ge=0)
+    """Optimizer steps between evaluations on the validation split; 0 switches them off."""
+    eval_rows: int = Field(64, ge=1)
+    """Validation rows per evaluation, over all data-parallel ranks."""
+    max_skipped_steps: int = Field(3, ge=1)
+    """Steps in a row with a non-finite loss or gradient after which the run stops; each is skipped and counted."""
+    deterministic: bool = False
+    """Bitwise repeatable on CUDA too, at some cost in speed; on a CPU training always is."""
+
+
+class Checkpoint(Section):
+    interval: int = Field(100, ge=1)
+    """Optimizer steps between checkpoints; the last step is always saved."""
+    keep: int = Field(3, ge=1)
+    """Newest committed checkpoints kept."""
+
+
+class Logging(Section):
+    interval: int = Field(1, ge=1)
+    """Optimizer steps between console lines; metrics.jsonl gets every step."""
+    tensorboard: bool = True
+
+
+class Recipe(Section):
+    """A whole run. `name` names the run folder where none is given."""
+
+    name: str = Field(min_length=1)
+    model: Model
+    attention: Attention = Attention()
+    parallel: Parallel = Parallel()
+    zero: Zero = Zero()
+    data: Data = Data()
+    optimizer: Optimizer = Optimizer()
+    schedule: Schedule = Schedule()
+    train: Train
+    checkpoint: Checkpoint = Checkpoint()
+    logging: Logging = Logging()
+
+    @model_validator(mode="after")
+    def _consistent(self):
+        train = self.train
+        if train.global_batch_rows % train.micro_batch_rows:
+            raise ValueError(
+                f"train.micro_batch_rows={train.micro_batch_rows} must divide "
+                f"train.global_batch_rows={train.global_batch_rows}"
+            )
+        if train.sequence_length > self.model.max_sequence_length:
+            raise ValueError(
+                f"train.sequence_length={train.sequence_length} is longer than "
+                f"model.max_sequence_length={self.model.max_sequence_length}"
+            )
+        return self

@@ -1,0 +1,150 @@
+"""Recipe -> megatron-core GPTModel with SSA layers, on this rank, with its initial weights.
+
+Every weight starts from a generator seeded by (seed, global name), so the initial model is the same for every topology.
+Fusions that need Apex or TransformerEngine are off; nothing here depends on the device.
+"""
+
+import hashlib
+
+import torch
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, vocab_parallel_cross_entropy
+from megatron.core.transformer.attention import SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from torch import Tensor
+
+from ssa_megatron.config import Recipe
+from ssa_megatron.model.attention import SSACoreAttention, SSASelfAttention
+from ssa_megatron.model.names import Block, named_parameters, padded_vocab_size
+from ssa_megatron.model.norm import RMSNorm
+from ssa_megatron.parallel.context import ParallelContext
+
+
+class SSAModel(GPTModel):
+    """GPTModel whose loss never sees the vocabulary's padding."""
+
+    def __init__(self, *args, real_vocab_size: int, tensor_rank: int, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.real_vocab_size, self.tensor_rank = real_vocab_size, tensor_rank
+
+    def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
+        """labels int64 [B, N], this rank's logits [N, B, vocab / tensor] -> fp32 loss per token [B, N], nats."""
+        width = logits.shape[-1]
+        real = min(width, max(0, self.real_vocab_size - self.tensor_rank * width))
+        if real < width:
+            logits = torch.nn.functional.pad(logits[..., :real], (0, width - real), value=-1e9)
+        loss = vocab_parallel_cross_entropy(logits, labels.t().contiguous())
+        return loss.t().contiguous()
+
+
+def build_model(recipe: Recipe, context: ParallelContext) -> SSAModel:
+    """This rank's part of the model, on its device, in the recipe's precision, with initial weights."""
+    config = transformer_config(recipe)
+    model = SSAModel(
+        config=config,
+        transformer_layer_spec=layer_spec(recipe),
+        vocab_size=padded_vocab_size(recipe),
+        max_sequence_length=recipe.train.sequence_length,
+        pre_process=context.is_first_stage,
+        post_process=context.is_last_stage,
+        share_embeddings_and_output_weights=recipe.model.tied_embeddings,
+        position_embedding_type="none",  # rotation happens in SSASelfAttention, with each document's own positions
+        real_vocab_size=recipe.model.vocab_size,
+        tensor_rank=context.tensor_rank,
+    )
+    model.to(device=context.device)
+    initialize_weights(model, recipe, context)
+    return model
+
+
+def transformer_config(recipe: Recipe) -> TransformerConfig:
+    m, p = recipe.model, recipe.parallel
+    dtype = torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
+    recompute = {
+        "none": {},
+        "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
+        "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+    }[recipe.train.recompute]
+    return TransformerConfig(
+        num_layers=m.num_layers,
+        hidden_size=m.hidden_size,
+        num_attention_heads=m.num_heads,
+        num_query_groups=m.num_kv_heads,
+        kv_channels=m.head_dim,
+        ffn_hidden_size=m.ffn_size,
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        add_bias_linear=False,
+        normalization="RMSNorm",
+        layernorm_epsilon=m.norm_eps,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        perform_initialization=False,
+        use_cpu_initialization=True,
+        bf16=dtype == torch.bfloat16,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        tensor_model_parallel_size=p.tensor,
+        sequence_parallel=p.sequence,
+        deterministic_mode=recipe.train.deterministic,
+        gradient_accumulation_fusion=False,
+        masked_softmax_fusion=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        persist_layer_norm=False,
+        batch_p2p_comm=False,  # True is silently wrong with interleaved pipelines
+        **recompute,
+    )
+
+
+def layer_spec(recipe: Recipe) -> TransformerBlockSubmodules:
+    """megatron-core's own layer and linear modules around SSASelfAttention."""
+    attention = {"attention": recipe.attention}
+    layer = ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=RMSNorm,
+            self_attention=ModuleSpec(
+                module=SSASelfAttention,
+                params={"attn_mask_type": AttnMaskType.causal, **attention},
+                submodules=SelfAttentionSubmodules(
+                    linear_qkv=ColumnParallelLinear,
+                    core_attention=lambda **kwargs: SSACoreAttention(**kwargs, **attention),
+                    linear_proj=RowParallelLinear,
+                ),
+            ),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=RMSNorm,
+            mlp=ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)),
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )
+    return TransformerBlockSubmodules(layer_specs=[layer] * recipe.model.num_layers, layer_norm=RMSNorm)
+
+
+@torch.no_grad()
+def initialize_weights(model: SSAModel, recipe: Recipe, context: ParallelContext) -> None:
+    """Norms at 1, matrices N(0, init_std), padding rows at 0; the same numbers for every topology."""
+    for named in named_parameters(model, recipe, context):
+        # megatron-core sets this only where it initializes; without it the gradient norm counts one rank's share of a matrix
+        named.parameter.tensor_model_parallel = not named.replicated
+        if named.parameter.dim() == 1:
+            named.parameter.fill_(1.0)
+            continue
+        flat = named.parameter.zero_().view(-1)
+        for block in named.blocks:
+            values = _initial_block(block, recipe.train.seed, recipe.model.init_std)
+            flat[block.start : block.start + block.numel].copy_(values.flatten())
+
+
+def _initial_block(block: Block, seed: int, std: float) -> Tensor:
+    generator = torch.Generator()
+    generator.manual_seed(int.from_bytes(hashlib.sha256(f"{seed}/{block.name}".encode()).digest()[:7], "little"))
+    values = torch.empty(block.global_shape).normal_(0.0, std, generator=generator)
+    return values[tuple(slice(o, o + s) for o, s in zip(block.offset, block.shape, strict=True))]

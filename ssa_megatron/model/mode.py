@@ -1,0 +1,18 @@
+"""The trunk draw: which stream a micro-batch trains the trunk on.
+
+A pure function of (seed, step, global micro-batch index), so every tensor-, pipeline- and context-parallel rank, every
+recomputation and every resumed run sees the same draw with no state to save (method.md, "Mode draw"; paper section 3.3).
+"""
+
+import hashlib
+import struct
+from typing import Literal
+
+Trunk = Literal["full", "sparse"]
+
+
+def mode(seed: int, step: int, microbatch: int, sparse_probability: float = 0.5) -> Trunk:
+    """`step` counts optimizer steps from 0; `microbatch` numbers the step's micro-batches over all data-parallel ranks."""
+    block = hashlib.blake2b(struct.pack("<QQQ", seed, step, microbatch), digest_size=8, person=b"ssa-trunk").digest()
+    uniform = int.from_bytes(block, "little") / 2**64
+    return "sparse" if uniform < sparse_probability else "full"

@@ -1,0 +1,135 @@
+"""Global names: what each local parameter of a Megatron model is a part of, whatever the topology.
+
+A local parameter is a concatenation of blocks; each block is a rectangle of one globally named tensor (README, "Global names").
+Fused projections (q/k/v per query group, gate/up) and tensor-parallel cuts are undone here and nowhere else; padding rows of
+the vocabulary belong to no block.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import nn
+
+from ssa_megatron.config import Recipe
+from ssa_megatron.model.attention import GATES
+from ssa_megatron.parallel.context import ParallelContext
+
+
+@dataclass(frozen=True)
+class Block:
+    """A rectangle of a global tensor that lies contiguous (row-major) in a local parameter, from element `start` on."""
+
+    name: str
+    global_shape: tuple[int, ...]
+    offset: tuple[int, ...]
+    shape: tuple[int, ...]
+    start: int
+
+    @property
+    def numel(self) -> int:
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count
+
+
+@dataclass(frozen=True)
+class NamedParameter:
+    """A local parameter and its blocks; `replicated` when every tensor-parallel rank holds the same values."""
+
+    parameter: nn.Parameter
+    blocks: tuple[Block, ...]
+    replicated: bool
+
+
+def global_shapes(recipe: Recipe) -> dict[str, tuple[int, ...]]:
+    """Every global name of the recipe's model with its shape, in model order."""
+    m = recipe.model
+    shapes = {"model.embed_tokens.weight": (m.vocab_size, m.hidden_size)}
+    for i in range(m.num_layers):
+        layer = f"model.layers.{i}."
+        shapes[layer + "input_layernorm.weight"] = (m.hidden_size,)
+        shapes[layer + "self_attn.q_proj.weight"] = (m.num_heads * m.head_dim, m.hidden_size)
+        shapes[layer + "self_attn.k_proj.weight"] = (m.num_kv_heads * m.head_dim, m.hidden_size)
+        shapes[layer + "self_attn.v_proj.weight"] = (m.num_kv_heads * m.head_dim, m.hidden_size)
+        shapes[layer + "self_attn.g_proj.weight"] = (m.num_heads * GATES[recipe.attention.kind], m.hidden_size)
+        shapes[layer + "self_attn.o_proj.weight"] = (m.hidden_size, m.num_heads * m.head_dim)
+        shapes[layer + "post_attention_layernorm.weight"] = (m.hidden_size,)
+        shapes[layer + "mlp.gate_proj.weight"] = (m.ffn_size, m.hidden_size)
+        shapes[layer + "mlp.up_proj.weight"] = (m.ffn_size, m.hidden_size)
+        shapes[layer + "mlp.down_proj.weight"] = (m.hidden_size, m.ffn_size)
+    shapes["model.norm.weight"] = (m.hidden_size,)
+    if not m.tied_embeddings:
+        shapes["lm_head.weight"] = (m.vocab_size, m.hidden_size)
+    return shapes
+
+
+def named_parameters(model: nn.Module, recipe: Recipe, context: ParallelContext) -> Iterator[NamedParameter]:
+    """Every parameter of this rank's model with its blocks, in the model's own (deterministic) order."""
+    layer_numbers = [layer.layer_number - 1 for layer in model.decoder.layers]
+    for local_name, parameter in model.named_parameters():
+        match = re.fullmatch(r"decoder\.layers\.(\d+)\.(.*)", local_name)
+        prefix, leaf = (f"model.layers.{layer_numbers[int(match[1])]}.", match[2]) if match else ("", local_name)
+        blocks = _blocks(leaf, prefix, recipe, context.tensor_rank, context.tensor_size)
+        yield NamedParameter(parameter, tuple(blocks), replicated=leaf.endswith("norm.weight"))
+
+
+def _blocks(leaf: str, prefix: str, recipe: Recipe, rank: int, size: int) -> Iterator[Block]:
+    m = recipe.model
+    shapes = global_shapes(recipe)
+
+    def rows(name: str, first: int, count: int, start_row: int = 0) -> Block:
+        shape = shapes[name]
+        return Block(name, shape, (first, *(0 for _ in shape[1:])), (count, *shape[1:]), start_row * m.hidden_size)
+
+    def columns(name: str) -> Block:
+        height, width = shapes[name]
+        share = width // size
+        return Block(name, (height, width), (0, rank * share), (height, share), 0)
+
+    def whole(name: str) -> Block:
+        return Block(name, shapes[name], (0,), shapes[name], 0)
+
+    match leaf:
+        case "embedding.word_embeddings.weight" | "output_layer.weight":
+            name = "model.embed_tokens.weight" if leaf.startswith("embedding") else "lm_head.weight"
+            share = padded_vocab_size(recipe) // size
+            first = rank * share
+            count = min(share, m.vocab_size - first)
+            if count > 0:
+                yield rows(name, first, count)
+        case "input_layernorm.weight":
+            yield whole(prefix + "input_layernorm.weight")
+        case "pre_mlp_layernorm.weight":
+            yield whole(prefix + "post_attention_layernorm.weight")
+        case "decoder.final_layernorm.weight":
+            yield whole("model.norm.weight")
+        case "self_attention.linear_qkv.weight":  # per query group: its query heads, its key head, its value head
+            group_rows = m.num_heads // m.num_kv_heads * m.head_dim
+            groups = m.num_kv_heads // size
+            for local in range(groups):
+                group, start = rank * groups + local, local * (group_rows + 2 * m.head_dim)
+                yield rows(prefix + "self_attn.q_proj.weight", group * group_rows, group_rows, start)
+                yield rows(prefix + "self_attn.k_proj.weight", group * m.head_dim, m.head_dim, start + group_rows)
+                start += group_rows + m.head_dim
+                yield rows(prefix + "self_attn.v_proj.weight", group * m.head_dim, m.head_dim, start)
+        case "self_attention.linear_gate.weight":
+            share = m.num_heads * GATES[recipe.attention.kind] // size
+            yield rows(prefix + "self_attn.g_proj.weight", rank * share, share)
+        case "self_attention.linear_proj.weight":
+            yield columns(prefix + "self_attn.o_proj.weight")
+        case "mlp.linear_fc1.weight":
+            share = m.ffn_size // size
+            yield rows(prefix + "mlp.gate_proj.weight", rank * share, share)
+            yield rows(prefix + "mlp.up_proj.weight", rank * share, share, share)
+        case "mlp.linear_fc2.weight":
+            yield columns(prefix + "mlp.down_proj.weight")
+        case _:
+            raise AssertionError(f"parameter {prefix + leaf!r} has no global name")
+
+
+def padded_vocab_size(recipe: Recipe) -> int:
+    """Rows the tensor-parallel ranks share evenly; the padding never leaves the process."""
+    size = recipe.parallel.tensor
+    return -(-recipe.model.vocab_size // size) * size

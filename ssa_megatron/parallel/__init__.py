@@ -1,0 +1,1 @@
+"""Processes: where each stands, what may be combined, and running without a GPU."""

@@ -1,0 +1,190 @@
+"""Where this process stands: ranks, sizes and groups of every kind of parallelism.
+
+This is the only module that touches megatron-core's global parallel state; everyone else receives the ParallelContext. It
+also is the `mpu` that DeepSpeed asks for groups. One process needs no launcher: `initialize` makes a world of one.
+"""
+
+import datetime
+import os
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ssa_megatron.config import Recipe
+from ssa_megatron.errors import EnvironmentProblem
+from ssa_megatron.parallel import cpu, topology
+
+TIMEOUT = datetime.timedelta(minutes=10)  # a rank that is silent for longer is gone; every collective ends by then
+
+
+@dataclass(frozen=True)
+class ParallelContext:
+    """Ranks, sizes and groups. Groups are torch.distributed process groups."""
+
+    rank: int
+    world: int
+    device: torch.device
+    tensor_rank: int
+    tensor_size: int
+    data_rank: int
+    data_size: int
+    pipeline_rank: int
+    pipeline_size: int
+    tensor_group: Any
+    data_group: Any
+    model_group: Any
+    host_group: Any
+    """All ranks over gloo, for decisions and other objects that live in host memory."""
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.pipeline_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pipeline_rank == self.pipeline_size - 1
+
+    @property
+    def is_writer(self) -> bool:
+        """The one rank that writes logs, metrics and manifests."""
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        dist.barrier(group=self.host_group)
+
+    def agree(self, value: Any) -> Any:
+        """Rank 0's `value`, on every rank."""
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self.host_group)
+        return box[0]
+
+    def on_writer(self, action: Callable[[], Any]) -> Any:
+        """Run `action` on the writer rank only; its result, or the error it raised, on every rank."""
+        outcome = (None, None)
+        if self.is_writer:
+            try:
+                outcome = (action(), None)
+            except Exception as error:  # raised again below, on all ranks: none of them may wait for the others
+                outcome = (None, error)
+        result, error = self.agree(outcome)
+        if error is not None:
+            raise error
+        return result
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's `value`, on every rank, in rank order."""
+        values = [None] * self.world
+        dist.all_gather_object(values, value, group=self.host_group)
+        return values
+
+    def any(self, flag: bool) -> bool:
+        """Whether `flag` holds on some rank; the same answer on all."""
+        box = torch.tensor([int(flag)], dtype=torch.int32)
+        dist.all_reduce(box, op=dist.ReduceOp.MAX, group=self.host_group)
+        return bool(box.item())
+
+    def sum(self, *values: float) -> list[float]:
+        """Sums over the data-parallel ranks in fp64, the same on all of them."""
+        box = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(box, group=self.data_group)
+        return box.tolist()
+
+
+class Mpu:
+    """What DeepSpeed calls an mpu, answered from a ParallelContext."""
+
+    def __init__(self, context: ParallelContext):
+        self._c = context
+
+    def get_data_parallel_group(self):
+        return self._c.data_group
+
+    def get_data_parallel_rank(self):
+        return self._c.data_rank
+
+    def get_data_parallel_world_size(self):
+        return self._c.data_size
+
+    def get_model_parallel_group(self):
+        return self._c.model_group
+
+    def get_model_parallel_rank(self):
+        return self._c.pipeline_rank * self._c.tensor_size + self._c.tensor_rank
+
+    def get_model_parallel_world_size(self):
+        return self._c.pipeline_size * self._c.tensor_size
+
+    def get_tensor_model_parallel_group(self):
+        return self._c.tensor_group
+
+    def get_tensor_model_parallel_rank(self):
+        return self._c.tensor_rank
+
+    def get_tensor_model_parallel_world_size(self):
+        return self._c.tensor_size
+
+
+def world_size() -> int:
+    """Processes in this launch; 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def initialize(recipe: Recipe) -> ParallelContext:
+    """Join the launch (torchrun's environment variables), build every group, and say where this process stands.
+
+    Raises ConfigError when the topology is not legal and EnvironmentProblem when the processes do not find each other.
+    """
+    topology.check(recipe, world_size())
+    if "RANK" not in os.environ:
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1", MASTER_ADDR="127.0.0.1")
+        os.environ["MASTER_PORT"] = str(_free_port())
+    cpu.adapt()
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    if not dist.is_initialized():
+        try:
+            dist.init_process_group(backend=cpu.backend(), timeout=TIMEOUT)
+        except (dist.DistError, RuntimeError, ValueError) as error:
+            address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+            raise EnvironmentProblem(
+                f"the {world_size()} processes did not find each other at {address}: {error}",
+                remedy="check MASTER_ADDR, MASTER_PORT and that every node was started",
+            ) from error
+    parallel_state.initialize_model_parallel(tensor_model_parallel_size=recipe.parallel.tensor)
+    model_parallel_cuda_manual_seed(recipe.train.seed)  # dropout is 0: recomputation wants the tracker to exist
+    return ParallelContext(
+        rank=dist.get_rank(),
+        world=dist.get_world_size(),
+        device=cpu.device(),
+        tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
+        tensor_size=parallel_state.get_tensor_model_parallel_world_size(),
+        data_rank=parallel_state.get_data_parallel_rank(),
+        data_size=parallel_state.get_data_parallel_world_size(),
+        pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        pipeline_size=parallel_state.get_pipeline_model_parallel_world_size(),
+        tensor_group=parallel_state.get_tensor_model_parallel_group(),
+        data_group=parallel_state.get_data_parallel_group(),
+        model_group=parallel_state.get_model_parallel_group(),
+        host_group=dist.new_group(backend="gloo", timeout=TIMEOUT),
+    )
+
+
+def finalize() -> None:
+    """Leave the launch: tear down every group. Safe to call twice."""
+    from megatron.core import parallel_state
+
+    if parallel_state.is_initialized():
+        parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

@@ -1,0 +1,68 @@
+"""Makes megatron-core run where there is no GPU, by answering the CUDA calls it makes unconditionally.
+
+This is the only module that knows whether there is a GPU: `device()` and `backend()` answer for everyone else, and `adapt()`
+changes nothing when CUDA is available. Each replacement below was needed (without it the named part fails) and none changes
+arithmetic.
+"""
+
+import os
+
+import torch
+
+
+def available() -> bool:
+    return torch.cuda.is_available()
+
+
+def device() -> torch.device:
+    """Where this process computes: its own GPU (LOCAL_RANK), or the CPU."""
+    if not available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+
+
+def backend() -> str:
+    """torch.distributed backend; several processes on one GPU share it over gloo, because NCCL refuses them."""
+    if not available():
+        return "gloo"
+    shared = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > torch.cuda.device_count()
+    return "gloo" if shared else "nccl"
+
+
+def adapt() -> None:
+    """Call once, before any megatron-core model is built."""
+    if available():
+        torch.cuda.set_device(device())
+        return
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed probes, warns and may pick wrongly
+    import deepspeed.ops
+    import megatron.core.pipeline_parallel.schedules as schedules
+    import megatron.core.tensor_parallel.random as random
+
+    # DeepSpeed compiles a shared-memory all-reduce (45 s) that only its tensor-parallel inference uses, and leaves its segments
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm_op"] = False
+
+    def current_device():
+        return torch.device("cpu")
+
+    torch.cuda.current_device = current_device  # rotary embedding, p2p buffers
+    torch.cuda.synchronize = lambda *_, **__: None  # p2p
+    torch.cuda.get_rng_state = lambda *_, **__: torch.get_rng_state()  # RNG tracker; dropout is 0 everywhere, so only
+    torch.cuda.manual_seed = lambda *_, **__: None  # the bookkeeping of activation recomputation uses it
+    random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
+    random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
+    torch.Tensor.cuda = lambda self, *_, **__: self  # context parallelism; tied embeddings with pipelines
+    if not isinstance(schedules.torch, _TorchOnCPU):
+        schedules.torch = _TorchOnCPU()
+
+
+class _TorchOnCPU:
+    """`torch` with device="cuda" read as the CPU: the schedules hard-code it for a token counter."""
+
+    def __getattr__(self, name):
+        return getattr(torch, name)
+
+    def zeros(self, *args, **kwargs):
+        if kwargs.get("device") == "cuda":
+            kwargs["device"] = "cpu"
+        return torch.zeros(*args, **kwargs)

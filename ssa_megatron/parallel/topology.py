@@ -1,0 +1,128 @@
+"""The one table of what may be combined: parallel sizes, ZeRO stage, heads, batch.
+
+`check` is called before any process group exists, by `train` and by everything that plans; each row of RULES names the fields,
+the reason and what would work instead. A combination that passes here has been shown equal to one process by the tests.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ssa_megatron.config import Recipe
+from ssa_megatron.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Rule:
+    """`broken(recipe, world)` says whether a run of `world` processes breaks the rule; the strings are formatted with both."""
+
+    fields: str
+    broken: Callable[[Recipe, int], bool]
+    reason: str
+    remedy: str
+
+
+def model_ranks(recipe: Recipe) -> int:
+    """Processes that hold one copy of the model."""
+    p = recipe.parallel
+    return p.tensor * p.pipeline * p.context
+
+
+def data_parallel_size(recipe: Recipe, world: int) -> int:
+    """Copies of the model; only meaningful once `check` has passed."""
+    return world // model_ranks(recipe)
+
+
+def micro_batches(recipe: Recipe, world: int) -> int:
+    """Micro-batches each data-parallel rank runs per optimizer step (gradient accumulation)."""
+    return recipe.train.global_batch_rows // (recipe.train.micro_batch_rows * data_parallel_size(recipe, world))
+
+
+RULES = (
+    Rule(
+        "parallel.pipeline",
+        lambda r, w: r.parallel.pipeline > 1 or r.parallel.virtual_pipeline > 1,
+        "pipeline parallelism is not built yet",
+        "parallel.pipeline=1 parallel.virtual_pipeline=1, with parallel.tensor=2 if the model does not fit",
+    ),
+    Rule(
+        "parallel.context",
+        lambda r, w: r.parallel.context > 1,
+        "context parallelism is not built yet",
+        "parallel.context=1, with train.recompute=selective if the activations do not fit",
+    ),
+    Rule(
+        "zero.stage",
+        lambda r, w: r.zero.stage > 1,
+        "ZeRO stages 2 and 3 are not built yet",
+        "zero.stage=1",
+    ),
+    Rule(
+        "parallel.tensor",
+        lambda r, w: r.parallel.tensor > 2,
+        "only 1 or 2 tensor-parallel ranks have been shown equal to one process",
+        "parallel.tensor=2, or parallel.tensor=1",
+    ),
+    Rule(
+        "parallel.sequence",
+        lambda r, w: r.parallel.sequence and r.parallel.tensor == 1,
+        "sequence parallelism divides activations over tensor-parallel ranks, and there is one",
+        "parallel.sequence=false, or parallel.tensor=2",
+    ),
+    Rule(
+        "parallel.sequence",
+        lambda r, w: r.parallel.sequence and r.train.sequence_length % r.parallel.tensor != 0,
+        "sequence parallelism needs train.sequence_length to be a multiple of parallel.tensor",
+        "a train.sequence_length that parallel.tensor divides, or parallel.sequence=false",
+    ),
+    Rule(
+        "parallel.tensor",
+        lambda r, w: r.model.num_heads % r.parallel.tensor != 0,
+        "parallel.tensor must divide model.num_heads",
+        "parallel.tensor=1, or a number that divides model.num_heads",
+    ),
+    Rule(
+        "parallel.tensor",
+        lambda r, w: r.model.num_kv_heads % r.parallel.tensor != 0,
+        "more tensor-parallel ranks than key/value heads are not built yet: parallel.tensor must divide model.num_kv_heads",
+        "parallel.tensor=1, or a number that divides model.num_kv_heads",
+    ),
+    Rule(
+        "parallel.tensor",
+        lambda r, w: r.model.ffn_size % r.parallel.tensor != 0,
+        "parallel.tensor must divide model.ffn_size",
+        "parallel.tensor=1, or a model.ffn_size that it divides",
+    ),
+    Rule(
+        "world size",
+        lambda r, w: w % model_ranks(r) != 0,
+        "the number of processes must be a multiple of parallel.tensor * parallel.pipeline * parallel.context",
+        "start a multiple of that many processes, or lower parallel.tensor",
+    ),
+    Rule(
+        "train.global_batch_rows",
+        lambda r, w: r.train.global_batch_rows % (r.train.micro_batch_rows * max(1, w // model_ranks(r))) != 0,
+        "train.global_batch_rows must be a multiple of train.micro_batch_rows times the data-parallel size",
+        "a multiple of it, or a smaller train.micro_batch_rows",
+    ),
+    Rule(
+        "train.eval_rows",
+        lambda r, w: r.train.eval_interval > 0 and r.train.eval_rows % max(1, w // model_ranks(r)) != 0,
+        "train.eval_rows must be a multiple of the data-parallel size, so that every rank evaluates equally many rows",
+        "a multiple of it",
+    ),
+)
+
+
+def check(recipe: Recipe, world: int) -> None:
+    """Raise ConfigError naming field, value, reason and remedy if `world` processes cannot run `recipe`."""
+    for rule in RULES:
+        if rule.broken(recipe, world):
+            p = recipe.parallel
+            shape = f"tensor={p.tensor} sequence={p.sequence} pipeline={p.pipeline} context={p.context}"
+            raise ConfigError(
+                f"{rule.fields} is not possible for {world} process(es) with {shape} zero.stage={recipe.zero.stage}, "
+                f"num_heads={recipe.model.num_heads}, num_kv_heads={recipe.model.num_kv_heads}, "
+                f"global_batch_rows={recipe.train.global_batch_rows}, micro_batch_rows={recipe.train.micro_batch_rows}: "
+                f"{rule.reason}",
+                remedy=rule.remedy,
+            )

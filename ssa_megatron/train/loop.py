@@ -1,0 +1,168 @@
+"""The run: claim the folder, build, restore, step until done, and leave every file the run folder promises.
+
+All decisions that ranks must share (skip, stop, which checkpoint) are agreed here, in the same step on every rank. After any
+death at most the steps since the last committed checkpoint are lost.
+"""
+
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+import pipelines
+from ssa_megatron.checkpoint.reader import load_into, newest_valid
+from ssa_megatron.checkpoint.writer import prune, save_checkpoint
+from ssa_megatron.config import Recipe, digest
+from ssa_megatron.errors import EXIT_REQUEUE, CheckpointError, ConfigError, TrainingStopped
+from ssa_megatron.model.build import build_model
+from ssa_megatron.parallel import context as parallel
+from ssa_megatron.train.console import Console
+from ssa_megatron.train.evaluation import evaluate
+from ssa_megatron.train.metrics import Metrics
+from ssa_megatron.train.run_folder import claim
+from ssa_megatron.train.schedule import learning_rate
+from ssa_megatron.train.signals import StopRequest
+from ssa_megatron.train.step import train_step
+from ssa_megatron.zero.ds_config import deepspeed_config
+from ssa_megatron.zero.optimizer import ShardedOptimizer
+
+
+@dataclass
+class Progress:
+    """Counters of a run; saved with every checkpoint, equal on every rank."""
+
+    step: int = 0
+    """Global batches consumed: the number of the next step."""
+    applied_steps: int = 0
+    """Optimizer updates made; the learning rate follows this one."""
+    skipped_steps: int = 0
+    skipped_in_a_row: int = 0
+    tokens: int = 0
+    """Tokens in all rows consumed."""
+
+
+def train(recipe: Recipe, run: Path) -> int:
+    """Train to the end, or to a signal. Returns the exit code: 0, or 75 when a signal asked for an orderly end."""
+    stop = StopRequest().listen()
+    if recipe.data.path is None:
+        raise ConfigError("data.path is not given", remedy="data.path=FOLDER, a folder written by `ssa data prepare`")
+    info = pipelines.load_dataset_info(recipe.data.path)
+    context = parallel.initialize(recipe)
+    console = Console(total_steps=recipe.train.steps, interval=recipe.logging.interval, enabled=context.is_writer)
+    console.phase(f"{context.world} process(es) on {context.device.type}, tensor {context.tensor_size}, data {context.data_size}")
+    tokenizer = pipelines.Tokenizer.load(Path(recipe.data.path) / "tokenizer.model")
+    pipelines.check_compatible(
+        info,
+        tokenizer_fingerprint=tokenizer.fingerprint,
+        vocab_size=recipe.model.vocab_size,
+        row_length=recipe.train.sequence_length,
+    )
+    folder = claim(run, recipe, tokenizer.path, deepspeed_config(recipe, context.data_size), context)
+    if recipe.train.deterministic:
+        torch.use_deterministic_algorithms(True)
+
+    model = build_model(recipe, context)
+    optimizer = ShardedOptimizer(model, recipe, context)
+    count = sum(p.numel() for p in model.parameters())
+    console.phase(f"model built: {recipe.attention.kind} attention, {count:,} parameters on this rank")
+    rows = pipelines.TrainStream(
+        recipe.data.path,
+        "train",
+        micro_batch_rows=recipe.train.micro_batch_rows,
+        global_batch_rows=recipe.train.global_batch_rows,
+        data_parallel_rank=context.data_rank,
+        data_parallel_size=context.data_size,
+        seed=recipe.train.seed,
+        shuffle=recipe.data.shuffle,
+        workers=recipe.data.workers,
+    )
+    progress = _restore(run, recipe, tokenizer.fingerprint, optimizer, rows, context, console)
+    console.phase(f"data: {info.describe('train')}; starting at step {progress.step}")
+
+    metrics = None
+    if context.is_writer:
+        board = folder.tensorboard if recipe.logging.tensorboard else None
+        metrics = Metrics(folder.metrics, resume_step=progress.step, tensorboard=board)
+    console.start()
+    try:
+        while progress.step < recipe.train.steps:
+            values = _one_step(model, optimizer, rows, recipe, context, progress, console)
+            done = progress.step
+            last = done == recipe.train.steps
+            interval = recipe.train.eval_interval
+            if interval and (done % interval == 0 or last):
+                found = evaluate(model, recipe, context)
+                values |= {f"eval/{name}": value for name, value in found.items()}
+                console.say("  evaluation: " + "  ".join(f"{name} {value:.4f}" for name, value in found.items()))
+            if metrics is not None:
+                metrics.write(done, values)
+            stopping = context.any(stop.received is not None)
+            if done % recipe.checkpoint.interval == 0 or last or stopping:
+                _save(run, recipe, tokenizer.fingerprint, optimizer, rows, context, console, progress)
+            if progress.skipped_in_a_row >= recipe.train.max_skipped_steps:
+                raise TrainingStopped(
+                    f"{progress.skipped_in_a_row} steps in a row had a non-finite loss or gradient; the last is step {done}, "
+                    f"rows {(done - 1) * recipe.train.global_batch_rows}..{done * recipe.train.global_batch_rows - 1} of the stream",
+                    remedy="look at those rows and at the learning rate; checkpoints up to the first of them are good",
+                )
+            if stopping:
+                console.say(f"stopped by {stop.received.name if stop.received else 'a signal to another rank'} at step {done}")
+                return EXIT_REQUEUE
+    finally:
+        if metrics is not None:
+            metrics.close()
+        rows.close()
+    console.phase(f"done: {recipe.train.steps} steps, {progress.tokens:,} tokens; run folder {run}")
+    return 0
+
+
+def _one_step(model, optimizer, rows, recipe, context, progress: Progress, console: Console) -> dict:
+    lr = learning_rate(recipe, progress.applied_steps)
+    result = train_step(model, optimizer, rows, recipe, context, step=progress.step, lr=lr)
+    tokens = recipe.train.global_batch_rows * recipe.train.sequence_length
+    progress.step += 1
+    progress.tokens += tokens
+    progress.applied_steps += result.applied
+    progress.skipped_steps += not result.applied
+    progress.skipped_in_a_row = 0 if result.applied else progress.skipped_in_a_row + 1
+    values = {**asdict(result), "lr": lr, "tokens": progress.tokens, "skipped_steps": progress.skipped_steps}
+    speed, seconds = console.step(progress.step, tokens, values)
+    return {**values, "tokens_per_second": round(speed, 1), "seconds": round(seconds, 4)}
+
+
+def _restore(run, recipe, fingerprint, optimizer, rows, context, console: Console) -> Progress:
+    checkpoint, rejected = newest_valid(run, context)
+    for line in rejected:
+        console.say(line)
+    if checkpoint is None:
+        return Progress()
+    content = checkpoint.content
+    if content.recipe_digest != digest(recipe):
+        raise CheckpointError(f"{checkpoint.folder} was written with another recipe", remedy="give another folder with --run")
+    if content.tokenizer_fingerprint != fingerprint:
+        raise CheckpointError(
+            f"{checkpoint.folder} was trained with tokenizer {content.tokenizer_fingerprint[:12]}, "
+            f"the data has {fingerprint[:12]}",
+            remedy="give the data the run was started with",
+        )
+    state = dict(content.state)
+    rows.load_state_dict(state.pop("data"))
+    progress = Progress(**state)
+    load_into(checkpoint, optimizer, applied_steps=progress.applied_steps)
+    console.phase(f"restored {checkpoint.folder.name}")
+    return progress
+
+
+def _save(run, recipe, fingerprint, optimizer, rows, context, console: Console, progress: Progress) -> None:
+    began = time.monotonic()
+    state = {**asdict(progress), "data": rows.state_dict()}
+    problem = save_checkpoint(
+        run, optimizer, recipe, context, step=progress.step, state=state, tokenizer_fingerprint=fingerprint
+    )
+    if problem:
+        console.say(f"CHECKPOINT of step {progress.step} NOT WRITTEN: {problem}; training goes on, older checkpoints are intact")
+        return
+    if context.is_writer:
+        prune(run, recipe.checkpoint.keep)
+    console.say(f"  checkpoint step {progress.step} committed in {time.monotonic() - began:.2f} s")

@@ -1,0 +1,119 @@
+"""The run folder: one owner, one recipe, everything a run leaves.
+
+`claim` is called by every rank and decided by the writer: a folder in use, or begun with another recipe, is refused on all of
+them with the difference named. Ownership is a lock that dies with its process, so a killed run never blocks the next.
+"""
+
+import fcntl
+import json
+import os
+import platform
+import shutil
+import socket
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+
+import yaml
+
+from ssa_megatron.config import Recipe, digest, dump_recipe
+from ssa_megatron.config.recipe import differences, resolve
+from ssa_megatron.errors import RunFolderError
+from ssa_megatron.parallel.context import ParallelContext
+
+
+class RunFolder:
+    """Paths of a claimed run; the writer rank holds the lock until the process ends."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.metrics = path / "metrics.jsonl"
+        self.tensorboard = path / "tensorboard"
+        self.tokenizer = path / "tokenizer.model"
+        self._lock = None
+
+    def lock(self) -> None:
+        """Take ownership, or raise RunFolderError naming the owner."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        handle = (self.path / "owner.lock").open("a+")
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            handle.seek(0)
+            owner = handle.read().strip() or "another process"
+            raise RunFolderError(
+                f"run folder {self.path} is in use by {owner}", remedy="stop that job, or give another folder with --run"
+            ) from None
+        handle.truncate(0)
+        handle.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
+        handle.flush()
+        self._lock = handle
+
+
+def claim(path: Path, recipe: Recipe, tokenizer: Path, ds_config: dict, context: ParallelContext) -> RunFolder:
+    """Own `path` for `recipe`. New: record recipe, environment, DeepSpeed config and tokenizer. Old: it must be the same run.
+
+    Raises RunFolderError, on every rank.
+    """
+    folder = RunFolder(path)
+
+    def take() -> None:
+        folder.lock()
+        _check_same_run(folder, recipe)
+        for name, content in {
+            "config.yaml": dump_recipe(recipe),
+            "environment.json": json.dumps(_environment(context), indent=1),
+            "ds_config.json": json.dumps(ds_config, indent=1),
+        }.items():
+            temporary = path / f".tmp-{name}"
+            temporary.write_text(content)
+            temporary.rename(path / name)
+        if not folder.tokenizer.exists():
+            shutil.copyfile(tokenizer, path / ".tmp-tokenizer")
+            (path / ".tmp-tokenizer").rename(folder.tokenizer)
+
+    context.on_writer(take)
+    return folder
+
+
+def read_recipe(path: Path) -> Recipe:
+    """The resolved recipe of a run. Raises RunFolderError when `path` is not a run folder."""
+    config = path / "config.yaml"
+    try:
+        values = yaml.safe_load(config.read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise RunFolderError(f"{path} is not a run folder: {config} cannot be read ({error})", remedy="check the path") from None
+    return resolve(values, origin=str(config))
+
+
+def _check_same_run(folder: RunFolder, recipe: Recipe) -> None:
+    if not (folder.path / "config.yaml").exists():
+        return
+    earlier = read_recipe(folder.path)
+    if digest(earlier) != digest(recipe):
+        changed = "\n  ".join(differences(earlier.model_dump(), recipe.model_dump()))
+        raise RunFolderError(
+            f"run folder {folder.path} belongs to another recipe:\n  {changed}",
+            remedy="give another folder with --run, or put the values above back",
+        )
+
+
+def _environment(context: ParallelContext) -> dict:
+    packages = ("torch", "triton", "megatron-core", "deepspeed", "mosaicml-streaming", "sentencepiece", "transformers")
+    versions = {}
+    for name in packages:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = None
+    return {
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": sys.argv,
+        "host": socket.gethostname(),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "packages": versions,
+        "world": context.world,
+        "device": str(context.device),
+    }

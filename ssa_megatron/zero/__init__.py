@@ -1,0 +1,1 @@
+"""DeepSpeed ZeRO: the generated configuration, and the optimizer that shards and steps."""

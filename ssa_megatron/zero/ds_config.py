@@ -1,0 +1,36 @@
+"""Recipe -> DeepSpeed's configuration, the only place it is written.
+
+Megatron's schedule accumulates micro-batches itself, so DeepSpeed always sees one accumulation step and an unmanaged boundary.
+The bf16 keys select fp32 gradient accumulation and fp32 reduction; without `communication_data_type` the finished fp32
+gradients would be rounded to bf16 on their way through the all-reduce, silently.
+"""
+
+from ssa_megatron.config import Recipe
+
+
+def deepspeed_config(recipe: Recipe, data_parallel_size: int) -> dict:
+    """The JSON that `ds_config.json` of the run folder shows."""
+    rows = recipe.train.global_batch_rows // data_parallel_size
+    bucket = recipe.zero.reduce_bucket_mb * 2**20 // 4
+    config = {
+        "train_micro_batch_size_per_gpu": rows,
+        "gradient_accumulation_steps": 1,
+        "managed_gradient_accumulation": False,
+        "gradient_clipping": recipe.optimizer.clip_grad_norm,
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {
+            "stage": recipe.zero.stage,
+            "reduce_bucket_size": bucket,
+            "allgather_bucket_size": bucket,
+            "overlap_comm": False,
+        },
+        "steps_per_print": 2**31,
+        "wall_clock_breakdown": False,
+    }
+    if recipe.train.precision == "bf16":
+        config |= {
+            "bf16": {"enabled": True, "immediate_grad_update": True},
+            "data_types": {"grad_accum_dtype": "fp32"},
+            "communication_data_type": "fp32",
+        }
+    return config
