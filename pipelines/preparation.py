@@ -38,7 +38,7 @@ def prepare(
     blank_line_documents: bool = False,
     compression: str | None = None,
     shard_size: int = 64 << 20,
-    threads: int = 1,
+    threads: int | None = None,
     reuse: bool = False,
     progress: Progress | None = None,
 ) -> dict:
@@ -50,7 +50,7 @@ def prepare(
         so exact duplicates stay on one side.
     compression: None, or streaming's "zstd:LEVEL", "gz:LEVEL", ...: such shards are decompressed in place on first use.
     shard_size: most bytes in a shard, uncompressed.
-    threads: for the tokenizer; the result does not depend on it.
+    threads: for the tokenizer, by default one a core; the result does not depend on it.
     reuse: return the dataset at `out` if it was made from these very inputs (the corpus is read to be sure).
     progress: called with (bytes of the sources read, bytes in all); documents and None for an iterable of documents.
     Raises CorpusError, TokenizerError, DatasetError (something is at `out`, or another process writes it) or
@@ -71,6 +71,7 @@ def prepare(
     if out.exists() or out.is_symlink():
         return _existing(out, documents, settings, reuse)
     try:
+        threads = threads or len(os.sched_getaffinity(0))
         with _private_folder(out) as folder:
             record = _write(documents, tokenizer, folder, settings, threads, progress)
             _commit(folder, out)

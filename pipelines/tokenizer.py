@@ -86,13 +86,9 @@ class Tokenizer:
             ) from error
         result, taken = [], iter(encoded)
         for cut in segments:
-            if len(cut) == 1:
-                result.append(next(taken))
-                continue
             tokens: list[int] = []
-            for segment in cut:
-                ids = next(taken)
-                tokens += self._space_mark_ids if segment == _SPACE_MARK else ids
+            for segment, ids in zip(cut, taken):  # noqa: B905 (`taken` goes on with the next text's segments)
+                tokens += self._space_mark_ids if segment == _SPACE_MARK and self._may_cut else ids
             result.append(tokens)
         return result
 

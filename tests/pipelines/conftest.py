@@ -1,0 +1,58 @@
+"""A small corpus, a tokenizer and a dataset of odd sizes, made once; tests that break something break a copy."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+import pipelines
+from tests.pipelines.support import SETTINGS
+
+
+@pytest.fixture(scope="session")
+def documents() -> list[str]:
+    """120 chapters, and a few documents that are hard to encode, among them duplicates and single characters."""
+    odd = [
+        "x",
+        "é",
+        "\u2581 a mark \u2581\u2581",
+        "tab\tand\r\nnewline\n\n",
+        "1234567890" * 9,
+        "😀" * 40,
+        "same text",
+        "same text",
+    ]
+    chapters = [chapter for number, chapter in enumerate(pipelines.demo_documents()) if number % 10 == 3]
+    return [text for pair in zip(chapters, odd * 20, strict=False) for text in pair]
+
+
+@pytest.fixture(scope="session")
+def tokenizer(documents, tmp_path_factory) -> pipelines.Tokenizer:
+    out = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
+    return pipelines.train_tokenizer(iter(documents), out, vocab_size=701)
+
+
+@pytest.fixture(scope="session")
+def prepared(documents, tokenizer, tmp_path_factory) -> Path:
+    """A dataset of several shards; never written to."""
+    out = tmp_path_factory.mktemp("prepared") / "data"
+    pipelines.prepare(iter(documents), tokenizer, out, **SETTINGS)
+    return out
+
+
+@pytest.fixture(scope="session")
+def compressed(documents, tokenizer, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("compressed") / "data"
+    pipelines.prepare(iter(documents), tokenizer, out, **SETTINGS, compression="zstd:3")
+    return out
+
+
+@pytest.fixture
+def dataset(prepared, tmp_path) -> Path:
+    """A copy to break."""
+    return Path(shutil.copytree(prepared, tmp_path / "copy"))
+
+
+@pytest.fixture
+def compressed_copy(compressed, tmp_path) -> Path:
+    return Path(shutil.copytree(compressed, tmp_path / "compressed-copy"))

@@ -1,0 +1,47 @@
+"""The package stands alone, loads fast, and offers what it promises."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pipelines
+from tests.launch import environment
+
+FOLDER = Path(pipelines.__file__).parent
+
+
+def test_it_imports_nothing_of_the_projects_other_packages():
+    for path in FOLDER.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            modules += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not {module.split(".")[0] for module in modules} & {"ssa_megatron", "kernels", "tests"}, path
+
+
+def test_importing_it_and_using_a_tokenizer_does_not_import_torch_or_streaming(tokenizer):
+    program = f"""
+import sys, pipelines
+pipelines.Tokenizer.load({str(tokenizer.path)!r}).encode(["text"])
+print(sorted({{"torch", "streaming", "transformers"}} & set(sys.modules)))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment(), capture_output=True, text=True, timeout=60
+    )
+    assert done.stdout == "[]\n", done.stderr
+
+
+def test_every_public_name_is_there_also_after_its_module_was_imported():
+    for module in FOLDER.glob("*.py"):
+        __import__(f"pipelines.{module.stem}")
+    for name in pipelines.__all__:
+        assert callable(getattr(pipelines, name)) or isinstance(getattr(pipelines, name), str), name
+
+
+def test_every_error_carries_its_problem_and_its_remedy():
+    error = pipelines.DataError("file x: bad", remedy="make it good")
+    assert (error.problem, error.remedy) == ("file x: bad", "make it good")
+    assert str(error) == "file x: bad\n  remedy: make it good"
+    shard = pipelines.ShardError("a/b.mds", "missing")
+    assert shard.shard == "a/b.mds"
+    assert str(shard).startswith("shard a/b.mds: missing\n  remedy: ")

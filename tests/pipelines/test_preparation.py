@@ -1,0 +1,280 @@
+"""A prepared dataset holds every document, is the same bytes each time, and appears whole or not at all."""
+
+import fcntl
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import pipelines
+from pipelines import CorpusError, DatasetError, DatasetMismatch, TokenizerError
+from tests.launch import environment
+from tests.pipelines.support import ROW_LENGTH, SETTINGS, contents, flip_bit, stream, take
+
+
+def documents_in(path, split, tokenizer):
+    """The documents of a split as text, from its rows in their stored order."""
+    info = pipelines.load_dataset_info(path)
+    rows = take(stream(path, split=split, micro=1, batch=1, shuffle=False), info.splits[split].rows)
+    tokens = np.concatenate([row.tokens.numpy().ravel() for row in rows])[: info.splits[split].tokens]
+    documents = np.split(tokens, np.flatnonzero(tokens == tokenizer.bos_id)[1:])
+    assert all(document[0] == tokenizer.bos_id and document[-1] == tokenizer.eos_id for document in documents)
+    return [tokenizer.decode(document.tolist()) for document in documents]
+
+
+def test_the_two_splits_together_hold_every_document_once(prepared, documents, tokenizer):
+    train, validation = (documents_in(prepared, split, tokenizer) for split in ("train", "validation"))
+    assert sorted(train + validation) == sorted(documents)
+    assert not set(train) & set(validation)  # duplicates stay on one side
+    kept = iter(documents)
+    assert all(text in kept for text in train)  # in the corpus's order
+    assert 0.03 < len(validation) / len(documents) < 0.2
+
+
+def test_the_record_counts_what_is_there(prepared, documents, tokenizer):
+    info = pipelines.load_dataset_info(prepared)
+    assert (info.row_length, info.vocab_size, info.token_dtype) == (ROW_LENGTH, 701, "uint16")
+    assert info.tokenizer_fingerprint == tokenizer.fingerprint
+    assert pipelines.Tokenizer.load(prepared / "tokenizer.model").fingerprint == tokenizer.fingerprint
+    assert sum(split.documents for split in info.splits.values()) == len(documents)
+    assert sum(split.text_bytes for split in info.splits.values()) == sum(len(text.encode()) for text in documents)
+    tokens = sum(len(ids) + 2 for ids in tokenizer.encode(documents))
+    assert sum(split.tokens for split in info.splits.values()) == tokens
+    for split in info.splits.values():
+        assert split.rows * ROW_LENGTH == split.tokens + split.padding
+    assert len(info.splits["train"].files) > 5  # shards enough to shuffle
+
+
+def test_unigram_figures_are_those_of_the_tokens_a_model_predicts(prepared, tokenizer):
+    info = pipelines.load_dataset_info(prepared)
+    counts = {}
+    for split in ("train", "validation"):
+        ids = [t for d in tokenizer.encode(documents_in(prepared, split, tokenizer)) for t in [*d, tokenizer.eos_id]]
+        counts[split] = np.bincount(ids, minlength=701).astype(float)
+    p = counts["train"] / counts["train"].sum()
+    assert info.unigram_entropy == pytest.approx(-sum(x * np.log(x) for x in p if x), rel=1e-12)
+    q = (counts["train"] + 1) / (counts["train"] + 1).sum()
+    cross = -(counts["validation"] / counts["validation"].sum() * np.log(q)).sum()
+    assert info.validation_unigram_cross_entropy == pytest.approx(cross, rel=1e-12)
+
+
+def test_it_is_an_ordinary_mds_dataset(prepared):
+    from streaming import LocalDataset
+
+    for split in ("train", "validation"):
+        samples = LocalDataset(str(prepared), split)
+        assert len(samples) == pipelines.load_dataset_info(prepared).splits[split].rows
+        assert samples[0]["tokens"].shape == (ROW_LENGTH,)
+
+
+@pytest.mark.parametrize("options", [{}, {"compression": "zstd:3"}, {"validation_fraction": 0.0}], ids=str)
+def test_preparing_twice_gives_the_same_bytes_with_any_number_of_threads(tmp_path, documents, tokenizer, options):
+    settings = {**SETTINGS, **options}
+    for name, threads in (("a", 1), ("b", 3)):
+        pipelines.prepare(iter(documents), tokenizer, tmp_path / name, threads=threads, **settings)
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b"]
+    assert (tmp_path / "a" / "validation").exists() == (settings["validation_fraction"] > 0)
+
+
+def test_another_seed_holds_out_other_documents(tmp_path, prepared, documents, tokenizer):
+    pipelines.prepare(iter(documents), tokenizer, tmp_path / "data", **{**SETTINGS, "seed": 6})
+    held_out = [set(documents_in(path, "validation", tokenizer)) for path in (prepared, tmp_path / "data")]
+    assert held_out[0] != held_out[1]
+
+
+def test_sources_are_read_and_progress_reaches_the_end(tmp_path, documents, tokenizer):
+    corpus = tmp_path / "corpus.jsonl"
+    corpus.write_text("".join(json.dumps({"body": text}) + "\n" for text in documents))
+    seen = []
+    record = pipelines.prepare(
+        corpus, tokenizer, tmp_path / "data", text_field="body", progress=lambda *p: seen.append(p), **SETTINGS
+    )
+    assert seen[-1] == (corpus.stat().st_size, corpus.stat().st_size)
+    assert record["inputs"]["documents"] == len(documents)
+    assert record["path"] == str(tmp_path / "data")
+
+
+def test_an_existing_dataset_is_reused_only_when_made_from_the_same_inputs(dataset, documents, tokenizer):
+    def again(texts=documents, **options):
+        return pipelines.prepare(iter(texts), tokenizer, dataset, **{**SETTINGS, **options})
+
+    before = contents(dataset)
+    with pytest.raises(DatasetError, match="copy: already exists"):
+        again()
+    record = again(reuse=True)
+    assert record["reused"]
+    assert record["fingerprint"] == pipelines.load_dataset_info(dataset).fingerprint
+    with pytest.raises(DatasetMismatch, match=r"row_length is 77 in the dataset there, 78 was asked for"):
+        again(reuse=True, row_length=78)
+    with pytest.raises(DatasetMismatch, match=r"documents is 238 in the dataset there, 237 was asked for"):
+        again(documents[:-1], reuse=True)
+    with pytest.raises(DatasetMismatch, match=r"documents_sha256 is \w+ in the dataset there, \w+ was asked for"):
+        again([*documents[:-1], "other"], reuse=True)
+    assert contents(dataset) == before
+
+
+def test_a_folder_that_is_no_complete_dataset_is_not_reused(tmp_path, documents, tokenizer):
+    (tmp_path / "data").mkdir()
+    with pytest.raises(DatasetError, match=r"data: not a prepared dataset"):
+        pipelines.prepare(iter(documents), tokenizer, tmp_path / "data", reuse=True, **SETTINGS)
+
+
+def failing(documents):
+    yield from documents[:200]
+    raise CorpusError("the disk of the corpus is gone")
+
+
+def test_an_error_midway_leaves_nothing_behind(tmp_path, documents, tokenizer):
+    with pytest.raises(CorpusError, match="gone"):
+        pipelines.prepare(failing(documents), tokenizer, tmp_path / "data", **SETTINGS)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_reported_and_leaves_nothing_behind(tmp_path, documents, tokenizer):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))  # less than a shard
+    try:
+        with pytest.raises(DatasetError, match=r"data: cannot be written \(.*File too large"):
+            pipelines.prepare(iter(documents), tokenizer, tmp_path / "data", **SETTINGS)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_after_kill_9_midway_there_is_no_dataset_and_the_next_attempt_is_the_same_as_ever(
+    tmp_path, prepared, documents, tokenizer
+):
+    (tmp_path / "documents.json").write_text(json.dumps(documents))
+    program = f"""
+import json, os, signal, pipelines
+documents = json.load(open({str(tmp_path / "documents.json")!r}))
+def killed_midway():
+    for _ in range(5):
+        yield from documents
+    os.kill(os.getpid(), signal.SIGKILL)
+pipelines.prepare(killed_midway(), {str(tokenizer.path)!r}, {str(tmp_path / "data")!r}, **{SETTINGS!r})
+"""
+    killed = subprocess.run([sys.executable, "-c", program], env=environment(), timeout=120, capture_output=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    assert list(tmp_path.rglob("*.mds"))  # it had begun to write
+    assert not (tmp_path / "data").exists()
+    pipelines.prepare(iter(documents), tokenizer, tmp_path / "data", **SETTINGS)
+    assert contents(tmp_path / "data") == contents(prepared)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["data", "documents.json"]
+
+
+def test_a_second_writer_of_the_same_folder_is_refused_while_the_first_lives(tmp_path, documents, tokenizer):
+    (tmp_path / ".data.preparing").mkdir()
+    with open(tmp_path / ".data.preparing" / "lock", "w") as owner:
+        fcntl.flock(owner, fcntl.LOCK_EX)
+        with pytest.raises(DatasetError, match="data: another process is preparing it"):
+            pipelines.prepare(iter(documents), tokenizer, tmp_path / "data", **SETTINGS)
+    pipelines.prepare(iter(documents), tokenizer, tmp_path / "data", **SETTINGS)
+    assert os.listdir(tmp_path) == ["data"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"row_length": 1}, "row_length 1: "),
+        ({"validation_fraction": 1.0}, r"validation_fraction 1.0 is not in \[0, 1\)"),
+        ({"validation_fraction": -0.1}, r"validation_fraction -0.1 is not in \[0, 1\)"),
+        ({"compression": "rar"}, "compression 'rar' is not known"),
+        ({"shard_size": 1000}, "shard_size 1000: a shard takes"),
+        ({"shard_size": 1 << 32}, "shard_size 4294967296: a shard takes"),
+        ({"validation_fraction": 1e-9}, "validation_fraction 1e-09 of 238 documents leaves the validation split empty"),
+        ({"validation_fraction": 1 - 1e-9}, "of 238 documents leaves the train split empty"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(tmp_path, documents, tokenizer, options, message):
+    with pytest.raises((DatasetError, CorpusError), match=message) as caught:
+        pipelines.prepare(iter(documents), tokenizer, tmp_path / "data", **{**SETTINGS, **options})
+    assert caught.value.remedy
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_corpus_or_a_tokenizer_that_is_missing_is_refused(tmp_path, tokenizer):
+    with pytest.raises(CorpusError, match=r"absent\.jsonl"):
+        pipelines.prepare(tmp_path / "absent.jsonl", tokenizer, tmp_path / "data", **SETTINGS)
+    with pytest.raises(TokenizerError, match=r"absent\.model"):
+        pipelines.prepare("package:king-james", tmp_path / "absent.model", tmp_path / "data", **SETTINGS)
+
+
+def test_a_damaged_or_foreign_record_is_refused(dataset):
+    record = dataset / "dataset.json"
+    good = record.read_text()
+    for text, message in (
+        (good.replace('"rows": ', '"rows": 1'), "altered since it was written"),
+        (good.replace('"format": 1', '"format": 9'), "format 9, this program reads 1"),
+        (good[: len(good) // 2], "damaged"),
+        ("[]", "damaged"),
+    ):
+        record.write_text(text)
+        with pytest.raises(DatasetError, match=message):
+            pipelines.load_dataset_info(dataset)
+    record.unlink()
+    with pytest.raises(DatasetError, match=r"not a prepared dataset \(dataset\.json is missing\)"):
+        pipelines.load_dataset_info(dataset)
+
+
+def test_a_dataset_for_another_recipe_is_refused_with_both_values(prepared, tokenizer):
+    info = pipelines.load_dataset_info(prepared)
+    fits = {"tokenizer_fingerprint": tokenizer.fingerprint, "vocab_size": 701, "row_length": 77}
+    pipelines.check_compatible(info, **fits)
+    for field, value in (("tokenizer_fingerprint", "0" * 64), ("vocab_size", 702), ("row_length", 1024)):
+        with pytest.raises(DatasetMismatch, match=rf"{field} is {fits[field]} in the dataset, {value} in the recipe"):
+            pipelines.check_compatible(info, **{**fits, field: value})
+
+
+def test_stats_are_ratios_of_what_the_record_counts(prepared):
+    info, report = pipelines.load_dataset_info(prepared), pipelines.stats(prepared)
+    train = info.splits["train"]
+    assert report["splits"]["train"]["bytes_per_token"] == train.text_bytes / train.tokens
+    assert report["splits"]["train"]["shards"] == len(list((prepared / "train").glob("*.mds")))
+    assert report["splits"]["validation"]["rows"] == info.splits["validation"].rows
+
+
+class TestVerification:
+    def test_a_whole_dataset_passes_and_is_not_touched(self, dataset, compressed_copy):
+        for path in (dataset, compressed_copy):
+            before, seen = contents(path), []
+            report = pipelines.verify(path, progress=lambda *p, seen=seen: seen.append(p))
+            info = pipelines.load_dataset_info(path)
+            assert {n: s["rows"] for n, s in report["splits"].items()} == {n: s.rows for n, s in info.splits.items()}
+            assert len(seen) == sum(len(s.files) - 1 for s in info.splits.values())
+            assert contents(path) == before
+
+    @pytest.mark.parametrize("which", ["plain", "compressed"])
+    @pytest.mark.parametrize("split", ["train", "validation"])
+    @pytest.mark.parametrize(
+        ("name", "damage", "message"),
+        [
+            ("missing", lambda path: path.unlink(), "missing"),
+            ("empty", lambda path: path.write_bytes(b""), "truncated: 0 bytes"),
+            ("short", lambda path: path.write_bytes(path.read_bytes()[:-1]), "truncated"),
+            ("long", lambda path: path.write_bytes(path.read_bytes() + b"x"), "too long"),
+            ("header", lambda path: flip_bit(path, 1), "contents changed"),
+            ("data", lambda path: flip_bit(path, path.stat().st_size // 2), "contents changed"),
+        ],
+    )
+    def test_a_damaged_shard_is_named(self, which, split, name, damage, message, request):
+        path = request.getfixturevalue({"plain": "dataset", "compressed": "compressed_copy"}[which])
+        shard = sorted((path / split).glob("*.mds*"))[-1]
+        damage(shard)
+        with pytest.raises(pipelines.ShardError, match=message) as caught:
+            pipelines.verify(path)
+        assert caught.value.shard == str(shard)
+        assert str(shard) in str(caught.value)
+
+    @pytest.mark.parametrize("name", ["train/index.json", "tokenizer.model"])
+    def test_a_damaged_index_or_tokenizer_is_named(self, dataset, name):
+        flip_bit(dataset / name, 40)
+        with pytest.raises(pipelines.ShardError, match="contents changed") as caught:
+            pipelines.verify(dataset)
+        assert caught.value.shard == str(dataset / name)

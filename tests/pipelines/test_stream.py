@@ -1,0 +1,293 @@
+"""Every rank, layout, interruption and damage: the right rows in the right order, or an error that names the shard."""
+
+import collections
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+import pipelines
+from pipelines import DatasetError, DatasetMismatch, ShardError
+from pipelines.order import epoch_order
+from tests.launch import environment
+from tests.pipelines.support import ROW_LENGTH, equal, flip_bit, stream, take, truncate
+
+
+def row_keys(micro_batches):
+    return [row.numpy().tobytes() for rows in micro_batches for row in rows.tokens]
+
+
+def test_a_micro_batch_has_the_promised_shape_and_type(prepared):
+    rows = next(stream(prepared, micro=3))
+    assert rows.tokens.shape == rows.doc_starts.shape == (3, ROW_LENGTH)
+    assert (rows.tokens.dtype, rows.doc_starts.dtype) == (torch.int64, torch.int32)
+    assert bool((rows.doc_starts <= torch.arange(ROW_LENGTH)).all())
+
+
+def test_each_epoch_holds_every_row_once_and_in_another_order(prepared):
+    rows = stream(prepared, micro=1, batch=1)
+    stored = row_keys(take(stream(prepared, micro=1, batch=1, shuffle=False), rows.rows_per_epoch))
+    epochs = [row_keys(take(rows, rows.rows_per_epoch)) for _ in range(3)]
+    for epoch in epochs:
+        assert collections.Counter(epoch) == collections.Counter(stored)
+    assert epochs[0] != epochs[1] != epochs[2] != stored
+    assert rows.epoch == 3
+
+
+def test_the_seed_decides_the_order(prepared):
+    a, b, c = (row_keys(take(stream(prepared, seed=seed), 20)) for seed in (3, 3, 4))
+    assert a == b
+    assert a != c
+
+
+@pytest.mark.parametrize("shards", [[1], [7], [5, 1, 9], [100] * 30, [300_000]])
+def test_an_epochs_order_is_a_permutation_whatever_the_shards(shards):
+    shards = np.array(shards, np.int64)
+    orders = [epoch_order(shards, seed=1, epoch=epoch, shuffle=True) for epoch in range(2)]
+    for order in orders:
+        assert sorted(order.tolist()) == list(range(shards.sum()))
+    assert shards.sum() < 8 or orders[0].tolist() != orders[1].tolist()
+    assert epoch_order(shards, seed=1, epoch=1, shuffle=False).tolist() == list(range(shards.sum()))
+
+
+@pytest.mark.parametrize("size", [2, 3, 6])
+def test_the_rows_of_a_step_and_of_each_micro_batch_do_not_depend_on_the_data_parallel_size(prepared, size):
+    alone = take(stream(prepared, micro=2, batch=12), 6 * 150)  # beyond an epoch's end
+    ranks = [take(stream(prepared, micro=2, batch=12, rank=rank, size=size), 6 * 150 // size) for rank in range(size)]
+    together = [rows for micro_batch in zip(*ranks, strict=True) for rows in micro_batch]
+    assert equal(together, alone)
+
+
+@pytest.mark.parametrize("micro", [1, 4])
+def test_another_micro_batch_size_keeps_the_sequence_of_rows(prepared, micro):
+    assert row_keys(take(stream(prepared, micro=micro), 24 // micro)) == row_keys(take(stream(prepared, micro=2), 12))
+
+
+def test_the_order_is_the_same_as_in_earlier_releases():
+    """Pinned: runs in progress depend on it. If an upgrade of streaming or numpy changes it, resuming refuses; say so."""
+    shards = np.array([40, 3, 17], np.int64)
+    orders = [epoch_order(shards, seed=1, epoch=epoch, shuffle=True) for epoch in range(3)]
+    digest = hashlib.sha256(np.concatenate(orders).astype("<i8").tobytes()).hexdigest()
+    assert digest[:16] == "e128f17b32e43875"
+
+
+def positions(path) -> list[int]:
+    """Micro-batches of 2 rows: the beginning, odd places, and every place around the ends of two epochs."""
+    epoch = pipelines.load_dataset_info(path).splits["train"].rows / 2
+    return [0, 1, 7] + [int(epoch * n) + d for n in (1, 2) for d in (-1, 0, 1)]
+
+
+@pytest.mark.parametrize("read_ahead", [0, 2])
+def test_resuming_gives_exactly_the_rows_of_an_uninterrupted_run(prepared, read_ahead):
+    full = take(stream(prepared), max(positions(prepared)) + 9)
+    first, second = stream(prepared, read_ahead=read_ahead), stream(prepared, read_ahead=read_ahead)
+    reached = 0
+    for position in positions(prepared):
+        assert equal(take(first, position - reached), full[reached:position])
+        reached = position
+        state = json.loads(json.dumps(first.state_dict()))
+        assert state["samples_seen"] == 2 * position
+        second.load_state_dict(state)  # wherever it was before
+        assert equal(take(second, 9), full[position : position + 9])
+
+
+def test_resuming_at_another_data_parallel_size_continues_the_sequence(prepared):
+    full = take(stream(prepared), 90)
+    two = [stream(prepared, rank=rank, size=2) for rank in range(2)]
+    for rank in two:
+        take(rank, 15)
+    three = [stream(prepared, rank=rank, size=3) for rank in range(3)]
+    for rank in three:
+        rank.load_state_dict(two[0].state_dict())
+    assert two[0].state_dict() == two[1].state_dict()
+    together = [rows for _ in range(20) for rows in (next(rank) for rank in three)]
+    assert equal(together, full[30:])
+
+
+def test_compressed_shards_give_the_same_rows_also_when_a_kill_left_a_partial_file(compressed_copy, prepared):
+    (compressed_copy / "train" / "shard.00000.mds.tmp").write_bytes(b"half a sh")
+    (compressed_copy / "train" / "shard.00001.mds").write_bytes(b"half a shard")
+    assert equal(take(stream(compressed_copy), 300), take(stream(prepared), 300))
+    pipelines.verify(compressed_copy)
+
+
+def test_a_process_killed_while_it_decompresses_holds_up_nobody(compressed_copy):
+    """The lock on the compressed file goes with its owner: the waiting stream goes on at once."""
+    shards = sorted((compressed_copy / "validation").glob("*.zstd"))
+    program = (
+        "import fcntl, sys, time; f = open(sys.argv[1]); fcntl.flock(f, fcntl.LOCK_EX); print('held'); time.sleep(60)"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-uc", program, shards[0]], stdout=subprocess.PIPE, env=environment()
+    ) as owner:
+        assert owner.stdout.readline() == b"held\n"
+        got = []
+        rows = stream(compressed_copy, split="validation", shuffle=False, read_ahead=0)
+        reader = threading.Thread(target=lambda: got.append(next(rows)))
+        reader.start()
+        reader.join(0.3)
+        assert reader.is_alive()
+        assert not got
+        owner.send_signal(signal.SIGKILL)
+        reader.join(20)
+    assert len(got) == 1
+
+
+class TestRefusesAStateOf:
+    @pytest.mark.parametrize(
+        ("field", "value"),
+        [("dataset", "f" * 64), ("split", "validation"), ("seed", 4), ("shuffle", False), ("order", "e" * 32)],
+    )
+    def test_another_run_with_both_values(self, prepared, field, value):
+        rows = stream(prepared)
+        own = rows.state_dict()
+        with pytest.raises(DatasetMismatch) as caught:
+            rows.load_state_dict({**own, field: value})
+        assert f"{field} is {value} in the checkpoint, {own[field]} here" in caught.value.problem
+        assert caught.value.remedy
+        assert rows.state_dict() == own
+
+    @pytest.mark.parametrize("change", [{"format": 2}, {"samples_seen": -1}, {"samples_seen": None}])
+    def test_another_format(self, prepared, change):
+        rows = stream(prepared)
+        with pytest.raises(DatasetMismatch, match="not format 1"):
+            rows.load_state_dict({**rows.state_dict(), **change})
+
+    def test_other_data(self, prepared, compressed):
+        with pytest.raises(DatasetMismatch, match="dataset is"):
+            stream(prepared).load_state_dict(stream(compressed).state_dict())
+
+
+class TestDamageIsAlwaysAnErrorThatNamesTheShard:
+    @pytest.mark.parametrize("which", ["plain", "compressed"])
+    @pytest.mark.parametrize(
+        ("name", "damage", "message"),
+        [
+            ("missing", lambda path: path.unlink(), "missing"),
+            ("empty", lambda path: truncate(path, 0), "truncated: 0 bytes"),
+            ("half", lambda path: truncate(path, path.stat().st_size // 2), "truncated"),
+            ("one byte", lambda path: truncate(path, path.stat().st_size - 1), "truncated"),
+        ],
+    )
+    def test_on_opening(self, which, name, damage, message, request):
+        path = request.getfixturevalue({"plain": "dataset", "compressed": "compressed_copy"}[which])
+        shard = sorted((path / "train").glob("*.mds*"))[2]
+        damage(shard)
+        with pytest.raises(ShardError, match=message) as caught:
+            stream(path)
+        assert caught.value.shard == str(shard)
+
+    @pytest.mark.parametrize("read_ahead", [0, 2])
+    @pytest.mark.parametrize("where", [0.2, 0.5, 0.99])
+    def test_on_reading_a_flipped_bit_every_time_it_is_asked(self, dataset, where, read_ahead):
+        shard = sorted((dataset / "train").glob("*.mds"))[2]
+        flip_bit(shard, int(shard.stat().st_size * where))
+        rows = stream(dataset, read_ahead=read_ahead)
+        with pytest.raises(ShardError, match="cannot be read") as caught:
+            take(rows, rows.rows_per_epoch)
+        assert caught.value.shard == str(shard)
+        before = rows.samples_seen
+        with pytest.raises(ShardError, match="cannot be read"):
+            next(rows)
+        assert rows.samples_seen == before
+
+    def test_on_reading_a_compressed_one(self, compressed_copy):
+        shard = sorted((compressed_copy / "train").glob("*.zstd"))[2]
+        flip_bit(shard, shard.stat().st_size // 2)
+        rows = stream(compressed_copy)
+        with pytest.raises(ShardError, match="Checksum failure") as caught:
+            take(rows, rows.rows_per_epoch)
+        assert caught.value.shard == str(shard)
+
+    @pytest.mark.parametrize("damage", [os.remove, lambda path: os.truncate(path, 500)], ids=["removed", "truncated"])
+    def test_when_it_happens_during_the_run(self, dataset, damage):
+        rows = stream(dataset)
+        take(rows, 5)
+        for shard in (dataset / "train").glob("*.mds"):
+            damage(shard)
+        with pytest.raises(ShardError, match=r"train/shard\.\d+\.mds: row \d+ of \d+ cannot be read"):
+            take(rows, 10)
+
+    def test_in_the_index(self, dataset):
+        flip_bit(dataset / "train" / "index.json", 300)
+        with pytest.raises(ShardError, match="contents changed") as caught:
+            stream(dataset)
+        assert caught.value.shard == str(dataset / "train" / "index.json")
+
+    def test_when_shards_were_exchanged(self, dataset):
+        """Same size, sound rows, wrong place: only the sha256 can tell, so verification does."""
+        first, second = sorted((dataset / "train").glob("*.mds"))[:2]
+        data = first.read_bytes(), second.read_bytes()
+        first.write_bytes(data[1])
+        second.write_bytes(data[0])
+        with pytest.raises(ShardError, match=r"shard\.00000\.mds"):
+            pipelines.verify(dataset)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rank": 2, "size": 2}, "data_parallel_rank 2, data_parallel_size 2: not a layout"),
+        ({"micro": 0}, "micro_batch_rows 0"),
+        ({"batch": 13}, "global_batch_rows 13 is not a multiple of micro_batch_rows 2 x data_parallel_size 1"),
+        ({"size": 5}, "global_batch_rows 12 is not a multiple of micro_batch_rows 2 x data_parallel_size 5"),
+        ({"seed": -1}, "seed -1"),
+        ({"split": "test"}, "no split 'test', only train, validation"),
+    ],
+)
+def test_a_layout_or_split_that_cannot_be_is_refused(prepared, options, message):
+    with pytest.raises(DatasetError, match=message):
+        stream(prepared, **options)
+
+
+class TestEvaluationRows:
+    def evaluate(self, path, *, rows=12, micro=2, rank=0, size=1, **options):
+        layout = {"micro_batch_rows": micro, "data_parallel_rank": rank, "data_parallel_size": size}
+        return pipelines.evaluation_rows(path, rows=rows, **layout, **options)
+
+    def test_are_the_first_ones_as_packed_and_the_same_every_time(self, prepared):
+        stored = take(stream(prepared, split="validation", shuffle=False), 6)
+        assert equal(list(self.evaluate(prepared)), stored)
+        assert equal(list(self.evaluate(prepared)), stored)
+
+    @pytest.mark.parametrize("size", [2, 3])
+    def test_are_shared_out_among_the_ranks(self, prepared, size):
+        ranks = [self.evaluate(prepared, rank=rank, size=size) for rank in range(size)]
+        together = [rows for micro_batch in zip(*ranks, strict=True) for rows in micro_batch]
+        assert equal(together, list(self.evaluate(prepared)))
+
+    def test_more_than_there_are_are_refused_at_once(self, prepared):
+        held = pipelines.load_dataset_info(prepared).splits["validation"].rows
+        with pytest.raises(DatasetError, match=rf"rows 10000: the split 'validation' of .* holds {held}"):
+            self.evaluate(prepared, rows=10_000)
+        with pytest.raises(DatasetError, match="rows 7 is not a multiple of micro_batch_rows 2"):
+            self.evaluate(prepared, rows=7)
+
+    def test_a_dataset_without_a_validation_split_says_how_to_get_one(self, tmp_path, documents, tokenizer):
+        pipelines.prepare(iter(documents), tokenizer, tmp_path / "data", row_length=77, validation_fraction=0)
+        with pytest.raises(DatasetError, match="no split 'validation'") as caught:
+            self.evaluate(tmp_path / "data")
+        assert "validation_fraction" in caught.value.remedy
+
+
+def test_a_read_only_dataset_can_be_streamed(dataset):
+    for path in [dataset, *dataset.rglob("*")]:
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    assert len(take(stream(dataset), 20)) == 20
+    for path in [dataset, *dataset.rglob("*")]:
+        path.chmod(0o755)
+    shutil.rmtree(dataset)
+
+
+def test_an_unlocked_file_system_is_not_needed_for_plain_shards(prepared, monkeypatch):
+    monkeypatch.setattr(fcntl, "flock", lambda *_: pytest.fail("a plain dataset must not need locks"))
+    assert len(take(stream(prepared), 20)) == 20

@@ -1,0 +1,155 @@
+"""The tokenizer gives back every text, trains to the same bytes, and says which vocabulary sizes are possible."""
+
+import random
+import sys
+
+import pytest
+import sentencepiece
+
+from pipelines import CorpusError, Tokenizer, TokenizerError, train_tokenizer
+
+ODD = [
+    "",
+    " ",
+    "  two  spaces  ",
+    "\n",
+    "\n\n \n",
+    "tab\t\r\nreturn",
+    "\u2581",
+    "a\u2581 \u2581b\u2581\u2581",
+    "<s></s><unk><0x41>",
+    "\x00nul\x00",
+    "e\u0301 é",
+    "\ufeff\u200b\u2028\u2029",
+    "\ufffd \u2047 ",
+    "😀👩‍👩‍👧",
+    "\U0010ffff",
+    "العربية 中文 हिन्दी",
+    "0123456789",
+    "ﬁ ½ Ａ",
+    "\x7f\x80\x85\xa0",
+    "a" * 5000,
+]
+
+
+@pytest.mark.parametrize("text", ODD, ids=ascii)
+def test_decoding_gives_back_an_odd_text(tokenizer, text):
+    (tokens,) = tokenizer.encode([text])
+    assert tokenizer.decode(tokens) == text
+    assert not {tokenizer.bos_id, tokenizer.eos_id, 0} & set(tokens)
+
+
+def test_decoding_gives_back_random_texts_of_every_script(tokenizer):
+    draw = random.Random(1)
+    alphabet = [chr(c) for c in range(sys.maxunicode + 1) if not 0xD800 <= c < 0xE000]
+    texts = ["".join(draw.choices(alphabet, k=draw.randrange(60))) for _ in range(500)]
+    texts += ["".join(draw.choices("ab \n\t\u2581é😀<s>", k=draw.randrange(60))) for _ in range(500)]
+    assert [tokenizer.decode(tokens) for tokens in tokenizer.encode(texts)] == texts
+
+
+def test_a_very_long_document_encodes_like_its_lines_and_does_not_depend_on_threads(tokenizer, documents):
+    text = "\n".join(documents)
+    assert len(text) > 1 << 17
+    newline = tokenizer.encode(["\n"])[0]
+    assert len(newline) == 1
+    lines = tokenizer.encode(text.split("\n"), threads=2)
+    expected = lines[0] + [token for line in lines[1:] for token in newline + line]
+    assert tokenizer.encode([text]) == tokenizer.encode([text], threads=2) == [expected]
+    assert tokenizer.decode(expected) == text
+
+
+def test_bos_and_eos_decode_to_nothing(tokenizer):
+    (tokens,) = tokenizer.encode([" text "])
+    assert tokenizer.decode([tokenizer.bos_id, *tokens, tokenizer.eos_id]) == " text "
+
+
+@pytest.mark.parametrize("model_type", ["bpe", "unigram"])
+def test_training_gives_the_size_asked_for_and_the_same_bytes_twice(tmp_path, documents, model_type):
+    a = train_tokenizer(iter(documents), tmp_path / "a" / "a.model", vocab_size=600, model_type=model_type)
+    b = train_tokenizer(iter(documents), tmp_path / "b.model", vocab_size=600, model_type=model_type)
+    assert a.vocab_size == 600
+    assert (a.bos_id, a.eos_id) == (1, 2)
+    assert a.fingerprint == b.fingerprint == Tokenizer.load(b.path).fingerprint
+    assert [p.name for p in tmp_path.rglob("*.model*")] == ["b.model", "a.model"]
+    assert [a.decode(tokens) for tokens in a.encode(ODD)] == ODD
+
+
+def test_training_reads_sources_as_well(tmp_path):
+    (tmp_path / "a.txt").write_text("the cat sat on the mat\n" * 50)
+    assert train_tokenizer(tmp_path / "a.txt", tmp_path / "t.model", vocab_size=275).vocab_size == 275
+
+
+def test_training_samples_evenly_from_a_stream_larger_than_its_budget(tmp_path):
+    early, late = "early " * 20, "later " * 20
+    stream = (early if n < 5000 else late for n in range(10_000))
+    tokenizer = train_tokenizer(stream, tmp_path / "t.model", vocab_size=278, sample_bytes=20_000)
+    for word in (" early", " later"):
+        assert len(tokenizer.encode([word])[0]) == 1
+
+
+def test_training_learns_from_lines_longer_than_sentencepiece_accepts(tmp_path):
+    one_line = "unbroken " * 5000 + "x" * 9000
+    tokenizer = train_tokenizer(iter([one_line]), tmp_path / "t.model", vocab_size=280)
+    assert len(tokenizer.encode([" unbroken"])[0]) == 1
+
+
+def test_impossible_vocabulary_sizes_are_refused_with_one_that_works(tmp_path, documents):
+    with pytest.raises(TokenizerError, match=r"vocab_size 90000: this corpus yields at most (\d+) pieces") as caught:
+        train_tokenizer(iter(documents), tmp_path / "t.model", vocab_size=90_000)
+    possible = int(caught.value.problem.split("at most ")[1].split()[0])
+    assert f"{possible} or less" in caught.value.remedy
+    assert train_tokenizer(iter(documents), tmp_path / "t.model", vocab_size=possible).vocab_size == possible
+    with pytest.raises(
+        TokenizerError, match=r"vocab_size 100: marks, bytes and this corpus's characters alone are \d+"
+    ):
+        train_tokenizer(iter(documents), tmp_path / "u.model", vocab_size=100)
+    assert not (tmp_path / "u.model").exists()
+
+
+def test_unusable_arguments_and_files_are_refused(tmp_path, documents):
+    with pytest.raises(TokenizerError, match="model_type 'word'"):
+        train_tokenizer(iter(documents), tmp_path / "t.model", vocab_size=600, model_type="word")
+    with pytest.raises(CorpusError, match="holds no text"):
+        train_tokenizer(iter([" ", "\n"]), tmp_path / "t.model", vocab_size=600)
+    with pytest.raises(TokenizerError, match=r"absent\.model: cannot be read"):
+        Tokenizer.load(tmp_path / "absent.model")
+    (tmp_path / "bad.model").write_bytes(b"not a model")
+    with pytest.raises(TokenizerError, match=r"bad\.model: not a SentencePiece model"):
+        Tokenizer.load(tmp_path / "bad.model")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"byte_fallback": False}, "does not give back the text"),
+        ({"normalization_rule_name": "nmt_nfkc", "byte_fallback": True}, "does not give back the text"),
+        ({"byte_fallback": True, "eos_id": -1}, "eos id -1"),
+    ],
+)
+def test_a_model_that_loses_text_or_lacks_marks_is_refused(tmp_path, documents, options, message):
+    path = tmp_path / "lossy.model"
+    lines = (line for text in documents[:60] for line in text.split("\n") if len(line) < 4000)
+    with path.open("wb") as out:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=lines, model_writer=out, vocab_size=400, minloglevel=2, model_type="bpe", **options
+        )
+    with pytest.raises(TokenizerError, match=message):
+        Tokenizer.load(path)
+
+
+def test_ids_and_texts_outside_the_possible_are_refused(tokenizer):
+    with pytest.raises(TokenizerError, match=r"outside 0\.\.700"):
+        tokenizer.decode([701])
+    with pytest.raises(TokenizerError, match="surrogate"):
+        tokenizer.encode(["\ud800"])
+    with pytest.raises(TypeError, match="a list of texts"):
+        tokenizer.encode("text")
+
+
+def test_inspecting_tells_what_the_tokenizer_is_and_how_it_fares(tokenizer, documents):
+    report = tokenizer.inspect(documents[:20])
+    assert report["fingerprint"] == tokenizer.fingerprint
+    assert report["vocab_size"] == 701
+    assert report["sample_tokens"] == sum(map(len, tokenizer.encode(documents[:20])))
+    assert 1 < report["bytes_per_token"] < 8
+    assert 0 <= report["byte_piece_share"] < 0.2
