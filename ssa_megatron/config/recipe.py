@@ -84,7 +84,7 @@ def differences(old: dict, new: dict, prefix: str = "") -> list[str]:
 
 def _read_yaml(name_or_path: str) -> dict:
     path = Path(name_or_path)
-    if not path.suffix and not path.exists():
+    if not path.suffix and not path.is_file():
         path = RECIPES / f"{name_or_path}.yaml"
         if not path.is_file():
             close = difflib.get_close_matches(name_or_path, packaged_recipes(), n=1)

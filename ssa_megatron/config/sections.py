@@ -107,8 +107,8 @@ class Data(Section):
 
     path: str | None = None
     """Folder with dataset.json, train/ and validation/."""
-    workers: int = Field(0, ge=0)
-    """Data-loading processes per rank; 0 reads in the training process, enough for packed rows on local disk."""
+    read_ahead: int = Field(2, ge=0)
+    """Micro-batches read in advance by a thread; 0 reads when asked."""
     shuffle: bool = True
 
 

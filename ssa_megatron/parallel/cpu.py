@@ -40,7 +40,7 @@ def adapt() -> None:
     import megatron.core.tensor_parallel.random as random
 
     # DeepSpeed compiles a shared-memory all-reduce (45 s) that only its tensor-parallel inference uses, and leaves its segments
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm_op"] = False
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
     def current_device():
         return torch.device("cpu")

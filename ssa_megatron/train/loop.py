@@ -75,10 +75,11 @@ def train(recipe: Recipe, run: Path) -> int:
         data_parallel_size=context.data_size,
         seed=recipe.train.seed,
         shuffle=recipe.data.shuffle,
-        workers=recipe.data.workers,
+        read_ahead=recipe.data.read_ahead,
     )
     progress = _restore(run, recipe, tokenizer.fingerprint, optimizer, rows, context, console)
-    console.phase(f"data: {info.describe('train')}; starting at step {progress.step}")
+    train_split = info.split("train")
+    console.phase(f"data: {train_split.tokens:,} tokens in {train_split.rows:,} rows; starting at step {progress.step}")
 
     metrics = None
     if context.is_writer:
@@ -139,7 +140,7 @@ def _restore(run, recipe, fingerprint, optimizer, rows, context, console: Consol
         return Progress()
     content = checkpoint.content
     if content.recipe_digest != digest(recipe):
-        raise CheckpointError(f"{checkpoint.folder} was written with another recipe", remedy="give another folder with --run")
+        raise CheckpointError(f"{checkpoint.folder} was written with another recipe", remedy="give another folder with --run-folder")
     if content.tokenizer_fingerprint != fingerprint:
         raise CheckpointError(
             f"{checkpoint.folder} was trained with tokenizer {content.tokenizer_fingerprint[:12]}, "

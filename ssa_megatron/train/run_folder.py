@@ -43,7 +43,7 @@ class RunFolder:
             handle.seek(0)
             owner = handle.read().strip() or "another process"
             raise RunFolderError(
-                f"run folder {self.path} is in use by {owner}", remedy="stop that job, or give another folder with --run"
+                f"run folder {self.path} is in use by {owner}", remedy="stop that job, or give another folder with --run-folder"
             ) from None
         handle.truncate(0)
         handle.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
@@ -95,7 +95,7 @@ def _check_same_run(folder: RunFolder, recipe: Recipe) -> None:
         changed = "\n  ".join(differences(earlier.model_dump(), recipe.model_dump()))
         raise RunFolderError(
             f"run folder {folder.path} belongs to another recipe:\n  {changed}",
-            remedy="give another folder with --run, or put the values above back",
+            remedy="give another folder with --run-folder, or put the values above back",
         )
 
 

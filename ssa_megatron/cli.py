@@ -1,0 +1,224 @@
+"""The command line: `python -m ssa_megatron VERB`, installed as `ssa VERB`.
+
+Verbs parse, call one function each, and print; decisions live elsewhere. An error a user can act on is printed with its remedy
+and ends the process with its own exit code; anything else keeps its traceback.
+"""
+
+import json
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pipelines.errors import DataError
+from ssa_megatron.errors import ConfigError, DataProblem, SSAError
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__.splitlines()[0])
+tokenizer_app = typer.Typer(no_args_is_help=True, help="Train and inspect SentencePiece tokenizers.")
+data_app = typer.Typer(no_args_is_help=True, help="Turn a corpus into packed MDS shards, check and describe them.")
+app.add_typer(tokenizer_app, name="tokenizer")
+app.add_typer(data_app, name="data")
+
+Sources = Annotated[list[str], typer.Argument(help="files, folders, globs, or package:king-james")]
+RecipeName = Annotated[str, typer.Argument(help="a packaged recipe (demo, ssa-1b, ...) or a YAML file")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="section.field=value ...")]
+
+
+@app.command()
+def train(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    run: Annotated[  # not --run: torchrun reads that as an abbreviation of its own --run-path
+        Path | None, typer.Option("--run-folder", help="created, or continued; runs/NAME by default")
+    ] = None,
+) -> None:
+    """Pretrain, or continue the run in the folder. Alone in one process, or on many under torchrun."""
+    from ssa_megatron.config import load_recipe
+
+    resolved = load_recipe(recipe, overrides or ())
+    from ssa_megatron.parallel import topology
+    from ssa_megatron.parallel.context import world_size
+
+    topology.check(resolved, world_size())
+    from ssa_megatron.train.loop import train as run_training
+
+    raise typer.Exit(run_training(resolved, run or Path("runs") / resolved.name))
+
+
+@app.command("config")
+def show_config(recipe: RecipeName, overrides: Overrides = None) -> None:
+    """Print a recipe resolved, every default written out."""
+    from ssa_megatron.config import dump_recipe, load_recipe
+
+    print(dump_recipe(load_recipe(recipe, overrides or ())), end="")
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(help="run folder")]) -> None:
+    """Write report.html into a run folder: curves, figures, samples."""
+    from ssa_megatron.train.report import write_report
+
+    print(write_report(run))
+
+
+@app.command("export")
+def export_run(
+    run: Annotated[Path, typer.Argument(help="run folder or step folder")],
+    out: Annotated[Path, typer.Argument(help="Hugging Face folder to write; must not exist")],
+    step: Annotated[int | None, typer.Option(help="checkpoint step; the newest by default")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16; the trained weights' own by default")] = None,
+) -> None:
+    """Convert a checkpoint to a Hugging Face folder that loads with torch and transformers alone."""
+    from ssa_megatron.hf.export import export
+
+    print(export(run, out, step=step, dtype=dtype))
+
+
+@app.command()
+def generate(
+    folder: Annotated[Path, typer.Argument(help="Hugging Face folder written by `ssa export`")],
+    prompts: Annotated[list[str], typer.Argument(help="one or more prompts")],
+    mode: Annotated[str, typer.Option(help="full or sparse")] = "full",
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    temperature: Annotated[float, typer.Option(help="0 is greedy")] = 0.0,
+    seed: Annotated[int, typer.Option()] = 0,
+) -> None:
+    """Continue prompts with an exported model, in either inference mode."""
+    from ssa_megatron.hf.generate import generate as continue_prompts
+
+    for text in continue_prompts(
+        folder, prompts, mode=mode, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed
+    ):
+        print(text)
+
+
+@tokenizer_app.command("train")
+def tokenizer_train(
+    sources: Sources,
+    out: Annotated[Path, typer.Option(help="model file to write")],
+    vocab_size: Annotated[int, typer.Option(min=300)],
+    model_type: Annotated[str, typer.Option(help="bpe or unigram")] = "bpe",
+    text_field: Annotated[str, typer.Option(help="field of JSON lines that holds the text")] = "text",
+) -> None:
+    """Train a SentencePiece model with byte fallback on a sample of the sources."""
+    import pipelines
+
+    tokenizer = pipelines.train_tokenizer(
+        sources, out, vocab_size=vocab_size, model_type=model_type, text_field=text_field
+    )
+    print(f"{tokenizer.vocab_size} pieces -> {out} ({tokenizer.fingerprint[:12]})")
+
+
+@tokenizer_app.command("inspect")
+def tokenizer_inspect(model: Annotated[Path, typer.Argument(help="SentencePiece model file")]) -> None:
+    """Print what a tokenizer is: size, special ids, bytes per token."""
+    import pipelines
+
+    print(json.dumps(pipelines.Tokenizer.load(model).inspect(), indent=2, ensure_ascii=False))
+
+
+@data_app.command("prepare")
+def data_prepare(
+    sources: Sources,
+    tokenizer: Annotated[Path, typer.Option(help="SentencePiece model file")],
+    out: Annotated[Path, typer.Option(help="dataset folder to write")],
+    row_length: Annotated[int, typer.Option(min=2, help="tokens in a row: train.sequence_length")],
+    validation_fraction: Annotated[float, typer.Option(min=0.0, max=1.0)] = 0.005,
+    text_field: Annotated[str, typer.Option(help="field of JSON lines that holds the text")] = "text",
+    compression: Annotated[str | None, typer.Option(help="e.g. zstd:3")] = None,
+    seed: Annotated[int, typer.Option(help="decides which documents are held out")] = 0,
+    reuse: Annotated[bool, typer.Option(help="keep an existing dataset made from the same inputs")] = False,
+) -> None:
+    """Encode, pack and write a corpus; nothing is left half-written."""
+    import pipelines
+
+    found = pipelines.prepare(
+        sources,
+        tokenizer,
+        out,
+        row_length=row_length,
+        validation_fraction=validation_fraction,
+        text_field=text_field,
+        compression=compression,
+        seed=seed,
+        reuse=reuse,
+        progress=_progress("encoding"),
+    )
+    for name, split in found["splits"].items():
+        print(f"{name}: {split['tokens']:,} tokens of {split['documents']:,} documents in {split['rows']:,} rows")
+    print(f"unigram entropy {found['unigram_entropy']:.4f} nats/token -> {out}")
+
+
+@data_app.command("verify")
+def data_verify(path: Annotated[Path, typer.Argument(help="dataset folder")]) -> None:
+    """Read back every shard: sizes, hashes, counts, rows."""
+    import pipelines
+
+    print(json.dumps(pipelines.verify(path, progress=_progress("verifying")), indent=2))
+
+
+@data_app.command("stats")
+def data_stats(path: Annotated[Path, typer.Argument(help="dataset folder")]) -> None:
+    """Print tokens, documents, rows and entropy of a dataset."""
+    import pipelines
+
+    print(json.dumps(pipelines.stats(path), indent=2))
+
+
+def _progress(verb: str):
+    """A progress bar on a terminal; silence in a log file."""
+    if not sys.stderr.isatty():
+        return None
+    from rich.progress import Progress
+
+    bar = Progress(transient=True)
+    task = bar.add_task(verb, total=None)
+    bar.start()
+
+    def show(done: int, total: int | None) -> None:
+        bar.update(task, completed=done, total=total)
+        if total is not None and done >= total:
+            bar.stop()
+
+    return show
+
+
+def main() -> None:
+    """Run a verb; exit codes: 0 done, 75 start me again, others as in errors.py."""
+    _quiet_libraries()
+    try:
+        app(standalone_mode=False)
+    except typer.Exit as end:
+        sys.exit(end.exit_code)
+    except typer.Abort:
+        sys.exit(130)
+    except DataError as error:
+        _fail(DataProblem(error.problem, remedy=error.remedy))
+    except SSAError as error:
+        _fail(error)
+    except Exception as error:
+        # usage errors of the argument parser know how to show themselves
+        if hasattr(error, "show") and hasattr(error, "exit_code"):
+            error.show()
+            sys.exit(error.exit_code)
+        raise
+
+
+def _fail(error: SSAError) -> None:
+    if int(os.environ.get("RANK", "0")) == 0 or not isinstance(error, ConfigError | DataProblem):
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    sys.exit(error.exit_code)
+
+
+def _quiet_libraries() -> None:
+    # Advice of the libraries about parts that are switched off here on purpose; SSA_WARNINGS=1 shows it.
+    if os.environ.get("SSA_WARNINGS") != "1":
+        for module in ("megatron", "deepspeed", "torch", "transformers", "streaming"):
+            warnings.filterwarnings("ignore", module=rf"{module}(\.|$)")
+
+
+if __name__ == "__main__":
+    main()
