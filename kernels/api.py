@@ -16,14 +16,35 @@ Shared arguments:
 
 from torch import Tensor
 
-from . import checks, torch_backend, torch_routing
+from . import checks, torch_backend
 from .spec import AttentionStatistics, BlockSpec
+
+try:
+    import triton
+except ImportError:  # a machine without triton has the PyTorch backend
+    triton = None
+
+AUTO_TRITON = False  # set once the GPU accuracy sweep has passed
+
+
+def _streams(backend: str):
+    if backend == "torch":
+        return torch_backend
+    from . import triton_backend
+
+    return triton_backend
 
 
 def _backend(name: str, q: Tensor) -> str:
     checks.need(name in ("auto", "torch", "triton"), "backend", repr(name), "'auto', 'torch' or 'triton'")
-    checks.need(name != "triton", "backend", "'triton'", "'auto' or 'torch': the Triton kernels are not built yet")
-    return "torch"
+    if name == "auto":
+        return "triton" if q.is_cuda and AUTO_TRITON else "torch"
+    if name == "triton":
+        interpreted = triton is not None and triton.knobs.runtime.interpret
+        checks.need(triton is not None, "backend", "'triton'", "'auto' or 'torch': triton is not installed")
+        got = f"'triton' for tensors on {q.device}"
+        checks.need(q.is_cuda or interpreted, "backend", got, "CUDA tensors, or 'auto' or 'torch'")
+    return name
 
 
 def _common(q, k, v, scale, doc_starts, query_index, backend) -> tuple[float, str]:
@@ -53,9 +74,9 @@ def select_blocks(
         others in ascending order, then -1.
     Raises: KernelArgumentError.
     """
-    scale, _ = _common(q, k, None, scale, doc_starts, query_index, backend)
+    scale, backend = _common(q, k, None, scale, doc_starts, query_index, backend)
     checks.check_spec(spec)
-    return torch_routing.select_blocks(q, k, spec, scale, doc_starts, query_index)
+    return _streams(backend).select_blocks(q, k, spec, scale, doc_starts, query_index)
 
 
 def full_attention(
@@ -70,8 +91,8 @@ def full_attention(
 ) -> Tensor:
     """Causal softmax attention inside each document. Returns [B, Nq, Hq, D] in q's dtype. Raises
     KernelArgumentError."""
-    scale, _ = _common(q, k, v, scale, doc_starts, query_index, backend)
-    return torch_backend.full_attention(q, k, v, scale, doc_starts, query_index)
+    scale, backend = _common(q, k, v, scale, doc_starts, query_index, backend)
+    return _streams(backend).full_attention(q, k, v, scale, doc_starts, query_index)
 
 
 def sparse_attention(
@@ -92,11 +113,11 @@ def sparse_attention(
     Returns: [B, Nq, Hq, D] in q's dtype.
     Raises: KernelArgumentError.
     """
-    scale, _ = _common(q, k, v, scale, doc_starts, query_index, backend)
+    scale, backend = _common(q, k, v, scale, doc_starts, query_index, backend)
     checks.check_spec(spec)
     if blocks is not None:
         checks.check_blocks(blocks, q, k)
-    return torch_backend.sparse_attention(q, k, v, spec, scale, doc_starts, query_index, blocks)
+    return _streams(backend).sparse_attention(q, k, v, spec, scale, doc_starts, query_index, blocks)
 
 
 def ssa_attention(
@@ -121,11 +142,11 @@ def ssa_attention(
         over all B*Nq*Hq*D elements of this call. It sends gradients to both streams whatever the trunk.
     Raises: KernelArgumentError.
     """
-    scale, _ = _common(q, k, v, scale, doc_starts, query_index, backend)
+    scale, backend = _common(q, k, v, scale, doc_starts, query_index, backend)
     checks.check_spec(spec)
     checks.check_gate(gate, q)
     checks.need(trunk in ("full", "sparse"), "trunk", repr(trunk), "'full' or 'sparse'")
-    return torch_backend.ssa_attention(q, k, v, gate, spec, trunk, scale, doc_starts, query_index)
+    return _streams(backend).ssa_attention(q, k, v, gate, spec, trunk, scale, doc_starts, query_index)
 
 
 def compressed_attention(
@@ -144,9 +165,9 @@ def compressed_attention(
     Returns: [B, Nq, Hq, D] in q's dtype; zero for tokens with no complete block. Only `spec.block_size` matters.
     Raises: KernelArgumentError.
     """
-    scale, _ = _common(q, k, v, scale, doc_starts, query_index, backend)
+    scale, backend = _common(q, k, v, scale, doc_starts, query_index, backend)
     checks.check_spec(spec)
-    return torch_backend.compressed_attention(q, k, v, spec, scale, doc_starts, query_index)
+    return _streams(backend).compressed_attention(q, k, v, spec, scale, doc_starts, query_index)
 
 
 def window_attention(
@@ -164,9 +185,9 @@ def window_attention(
 
     Returns: [B, Nq, Hq, D] in q's dtype. Raises KernelArgumentError.
     """
-    scale, _ = _common(q, k, v, scale, doc_starts, query_index, backend)
+    scale, backend = _common(q, k, v, scale, doc_starts, query_index, backend)
     checks.need(isinstance(window, int) and window >= 1, "window", window, "an integer of at least 1 (tokens)")
-    return torch_backend.window_attention(q, k, v, window, scale, doc_starts, query_index)
+    return _streams(backend).window_attention(q, k, v, window, scale, doc_starts, query_index)
 
 
 def attention_statistics(

@@ -1,0 +1,199 @@
+"""The streams on a GPU: which kernel serves which call, and their autograd.
+
+Dense attention without documents goes to the vendor's kernels through SDPA (cuDNN first, then flash), which are
+faster than ours; everything else is ours. Nothing here falls back in silence: what a kernel cannot run is refused by
+name.
+"""
+
+import torch
+import torch.nn.functional as F
+import triton
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from . import triton_dense, triton_gate, triton_routing, triton_sparse
+from .layout import slot_starts
+from .spec import BlockSpec, KernelArgumentError
+from .torch_routing import pooled_blocks
+from .triton_config import choose
+from .triton_dense import Dense
+
+MOST_BLOCKS = 129  # routing keeps a sorted list of block_count - 1 keys per token in registers
+
+
+def refuse(q: Tensor, spec: BlockSpec | None) -> None:
+    """Name what these kernels cannot run."""
+    if q.dtype == torch.float64:
+        raise KernelArgumentError("q.dtype: got float64, expected float16, bfloat16 or float32 (or backend='torch')")
+    if q.shape[3] > 256:
+        raise KernelArgumentError(f"q.shape[3]: got {q.shape[3]}, expected a head dimension of at most 256")
+    if spec is not None and spec.block_count > MOST_BLOCKS:
+        raise KernelArgumentError(
+            f"spec.block_count: got {spec.block_count}, expected at most {MOST_BLOCKS} (or backend='torch')"
+        )
+
+
+def _padded(x: Tensor) -> Tensor:
+    """Contiguous, the head dimension padded with zeros to a power of two from 16 (zeros change no score and no
+    output)."""
+    width = max(16, triton.next_power_of_2(x.shape[3]))
+    return (x if width == x.shape[3] else F.pad(x, (0, width - x.shape[3]))).contiguous()
+
+
+def _cut(x: Tensor, dim: int) -> Tensor:
+    return x if x.shape[3] == dim else x[..., :dim]
+
+
+def _vendor_takes(q: Tensor, doc_starts, query_index) -> bool:
+    return (
+        q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and q.shape[3] in (64, 128)
+        and doc_starts is None and query_index is None
+    )  # fmt: skip
+
+
+def _vendor(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION], set_priority=True):
+        heads_first = (x.transpose(1, 2) for x in (q, k, v))
+        out = F.scaled_dot_product_attention(
+            *heads_first, is_causal=True, scale=scale, enable_gqa=q.shape[2] != k.shape[2]
+        )
+    return out.transpose(1, 2)
+
+
+class _Dense(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, scale: float, dense: Dense):
+        config = choose(q.shape[3])
+        o, lse = triton_dense.forward(q, k, v, scale, dense, config)
+        ctx.save_for_backward(q, k, v, o, lse)
+        ctx.scale, ctx.dense, ctx.config = scale, dense, config
+        return o
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, do):
+        q, k, v, o, lse = ctx.saved_tensors
+        grads = triton_dense.backward(q, k, v, o, lse, do.contiguous(), ctx.scale, ctx.dense, ctx.config)
+        return *grads, None, None
+
+
+class _Sparse(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, blocks, size: int, scale: float, doc_starts, query_index):
+        config = choose(q.shape[3])
+        o, lse = triton_sparse.forward(q, k, v, blocks, size, scale, doc_starts, query_index, config)
+        ctx.save_for_backward(q, k, v, blocks, o, lse)
+        ctx.rest = size, scale, doc_starts, query_index, config
+        return o
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, do):
+        q, k, v, blocks, o, lse = ctx.saved_tensors
+        do = do.contiguous()
+        delta = triton_gate.row_delta(o, do, ctx.rest[-1].gate_rows)
+        return *triton_sparse.backward(q, k, v, blocks, lse, do, delta, *ctx.rest), None, None, None, None, None
+
+
+class _SSA(torch.autograd.Function):
+    """Both streams, gate and loss in one node, so that the two backwards add into the same gradients.
+
+    The vendor's dense attention keeps its own little graph between forward and backward.
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v, gate, blocks, size: int, scale: float, trunk: str, count: int, doc_starts, query_index):
+        config = choose(q.shape[3])
+        ctx.graph = None
+        if _vendor_takes(q, doc_starts, query_index):
+            full, lse_full = _with_graph(ctx, q, k, v, scale).contiguous(), None
+        else:
+            ctx.dense = Dense(k.shape[1], doc_starts=doc_starts, query_index=query_index)
+            full, lse_full = triton_dense.forward(q, k, v, scale, ctx.dense, config)
+        sparse, lse = triton_sparse.forward(q, k, v, blocks, size, scale, doc_starts, query_index, config)
+        out, loss = triton_gate.gate_forward(full, sparse, gate, trunk, count, config.gate_rows)
+        ctx.save_for_backward(q, k, v, gate, blocks, full, sparse, lse_full, lse)
+        ctx.rest = size, scale, doc_starts, query_index, config
+        ctx.trunk, ctx.count, ctx.scale = trunk, count, scale
+        return out, loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_out, d_loss):
+        q, k, v, gate, blocks, full, sparse, lse_full, lse = ctx.saved_tensors
+        config = ctx.rest[-1]
+        do_full, do_sparse, delta_full, delta_sparse, d_gate = triton_gate.gate_backward(
+            full, sparse, gate, d_out.contiguous(), d_loss, ctx.trunk, ctx.count, config.gate_rows
+        )
+        if ctx.graph is not None:
+            inputs, output = ctx.graph
+            grads = torch.autograd.grad(output, inputs, do_full, retain_graph=True)
+            grads = tuple(g.contiguous() for g in grads)
+        else:
+            grads = triton_dense.backward(
+                q, k, v, full, lse_full, do_full, ctx.scale, ctx.dense, config, delta=delta_full
+            )
+        del do_full
+        grads = triton_sparse.backward(q, k, v, blocks, lse, do_sparse, delta_sparse, *ctx.rest, add_to=grads)
+        return *grads, d_gate, None, None, None, None, None, None, None
+
+
+def _with_graph(ctx, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """The vendor's dense attention, its graph kept on ctx when a gradient will be asked for."""
+    if not any(ctx.needs_input_grad):
+        return _vendor(q, k, v, scale)
+    with torch.enable_grad():
+        inputs = tuple(x.detach().requires_grad_() for x in (q, k, v))
+        output = _vendor(*inputs, scale)
+    ctx.graph = inputs, output
+    return output.detach()
+
+
+def select_blocks(q, k, spec: BlockSpec, scale: float, doc_starts, query_index) -> Tensor:
+    refuse(q, spec)
+    with torch.no_grad():
+        q, k = _padded(q), _padded(k)
+        return triton_routing.select_blocks(q, k, spec, scale, doc_starts, query_index, choose(q.shape[3]))
+
+
+def full_attention(q, k, v, scale: float, doc_starts, query_index) -> Tensor:
+    refuse(q, None)
+    if _vendor_takes(q, doc_starts, query_index):
+        return _vendor(q, k, v, scale)
+    dense = Dense(k.shape[1], doc_starts=doc_starts, query_index=query_index)
+    return _cut(_Dense.apply(_padded(q), _padded(k), _padded(v), scale, dense), q.shape[3])
+
+
+def sparse_attention(q, k, v, spec: BlockSpec, scale: float, doc_starts, query_index, blocks) -> Tensor:
+    refuse(q, None)
+    if blocks is None:
+        blocks = select_blocks(q, k, spec, scale, doc_starts, query_index)
+    padded = (_padded(x) for x in (q, k, v))
+    out = _Sparse.apply(*padded, blocks.contiguous(), spec.block_size, scale, doc_starts, query_index)
+    return _cut(out, q.shape[3])
+
+
+def ssa_attention(q, k, v, gate, spec: BlockSpec, trunk: str, scale: float, doc_starts, query_index):
+    blocks = select_blocks(q, k, spec, scale, doc_starts, query_index)
+    padded = (_padded(x) for x in (q, k, v))
+    out, loss = _SSA.apply(
+        *padded, gate.contiguous(), blocks, spec.block_size, scale, trunk, q.numel(), doc_starts, query_index
+    )
+    return _cut(out, q.shape[3]), loss
+
+
+def window_attention(q, k, v, window: int, scale: float, doc_starts, query_index) -> Tensor:
+    refuse(q, None)
+    dense = Dense(k.shape[1], window=window, doc_starts=doc_starts, query_index=query_index)
+    return _cut(_Dense.apply(_padded(q), _padded(k), _padded(v), scale, dense), q.shape[3])
+
+
+def compressed_attention(q, k, v, spec: BlockSpec, scale: float, doc_starts, query_index) -> Tensor:
+    """Autograd carries the pooling (a mean over b tokens); attention over pooled keys is one more dense stream."""
+    refuse(q, None)
+    size, n = spec.block_size, k.shape[1]
+    start = slot_starts(doc_starts, n, size, q.device).to(torch.int32).expand(q.shape[0], -1).contiguous()
+    kbar, vbar = (_padded(pooled_blocks(x, doc_starts, size)) for x in (k, v))
+    dense = Dense(n, pooled=size, key_start=start, doc_starts=doc_starts, query_index=query_index)
+    return _cut(_Dense.apply(_padded(q), kbar, vbar, scale, dense), q.shape[3])

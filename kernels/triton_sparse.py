@@ -1,0 +1,242 @@
+"""Block-sparse attention: forward and dQ gather keys per token, dK/dV walk an inverse index per key block.
+
+Loop orders: forward and dQ, one program per (token, KV head) over its selected keys; dK/dV, one program per (block,
+KV head) over the tokens that selected it, in ascending order, so every sum has a fixed order and a run repeats bit
+for bit. It refuses nothing: `triton_backend.py` has prepared the arguments (contiguous, head dimension a power of
+two from 16).
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .layout import slot_count
+from .triton_routing import LOG2E
+
+
+@triton.jit
+def _keys_of(blocks_ptr, place, first, s, t, SIZE: tl.constexpr, COUNT: tl.constexpr, KEYS: tl.constexpr):
+    """Positions of KEYS selected keys from `first`, and which of them the token may see."""
+    i = first + tl.arange(0, KEYS)
+    block = tl.load(blocks_ptr + place + i // SIZE, mask=i < COUNT * SIZE, other=-1)
+    key = s + block * SIZE + i % SIZE
+    return key, (block >= 0) & (key <= t)
+
+
+@triton.jit
+def _token(doc_ptr, index_ptr, b, row, n, HAS_DOCS: tl.constexpr, HAS_INDEX: tl.constexpr):
+    t = tl.load(index_ptr + row) if HAS_INDEX else row
+    s = tl.load(doc_ptr + b * n + t) if HAS_DOCS else t * 0
+    return t, s
+
+
+@triton.jit
+def _forward(
+    q_ptr, k_ptr, v_ptr, blocks_ptr, doc_ptr, index_ptr, o_ptr, lse_ptr,
+    n, n_q, scale_log2, h_q: tl.constexpr, h_kv: tl.constexpr, SIZE: tl.constexpr, COUNT: tl.constexpr,
+    D: tl.constexpr, GROUP_P: tl.constexpr, KEYS: tl.constexpr, HAS_DOCS: tl.constexpr, HAS_INDEX: tl.constexpr,
+):  # fmt: skip
+    row, h, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    group: tl.constexpr = h_q // h_kv
+    t, s = _token(doc_ptr, index_ptr, b, row, n, HAS_DOCS, HAS_INDEX)
+    head, dim = tl.arange(0, GROUP_P), tl.arange(0, D)
+    q_row = (b * n_q + row) * h_q + h * group + head
+    q = tl.load(q_ptr + q_row[:, None] * D + dim[None, :], mask=(head < group)[:, None], other=0.0)
+    place = ((b * n_q + row) * h_kv + h) * COUNT
+    top = tl.full([GROUP_P], -float("inf"), tl.float32)
+    total = tl.zeros([GROUP_P], tl.float32)
+    acc = tl.zeros([GROUP_P, D], tl.float32)
+    for first in range(0, COUNT * SIZE, KEYS):
+        key, seen = _keys_of(blocks_ptr, place, first, s, t, SIZE, COUNT, KEYS)
+        at = ((b * n + key) * h_kv + h) * D
+        k_t = tl.load(k_ptr + at[None, :] + dim[:, None], mask=seen[None, :], other=0.0)
+        v = tl.load(v_ptr + at[:, None] + dim[None, :], mask=seen[:, None], other=0.0)
+        score = tl.dot(q, k_t, input_precision="ieee") * scale_log2
+        score = tl.where(seen[None, :], score, -float("inf"))
+        higher = tl.maximum(top, tl.max(score, 1))
+        safe = tl.where(higher == -float("inf"), 0.0, higher)
+        shrink = tl.exp2(top - safe)
+        weight = tl.exp2(score - safe[:, None])
+        total = total * shrink + tl.sum(weight, 1)
+        acc = tl.dot(weight.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
+        top = higher
+    lse = tl.where(total > 0, top + tl.log2(total), float("inf"))
+    acc = acc / tl.where(total > 0, total, 1.0)[:, None]
+    tl.store(o_ptr + q_row[:, None] * D + dim[None, :], acc.to(o_ptr.dtype.element_ty), mask=(head < group)[:, None])
+    tl.store(lse_ptr + q_row, lse, mask=head < group)
+
+
+@triton.jit
+def _backward_q(
+    q_ptr, k_ptr, v_ptr, blocks_ptr, doc_ptr, index_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr,
+    n, n_q, scale, scale_log2, h_q: tl.constexpr, h_kv: tl.constexpr, SIZE: tl.constexpr, COUNT: tl.constexpr,
+    D: tl.constexpr, GROUP_P: tl.constexpr, KEYS: tl.constexpr, HAS_DOCS: tl.constexpr, HAS_INDEX: tl.constexpr,
+    ADD: tl.constexpr,
+):  # fmt: skip
+    row, h, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    group: tl.constexpr = h_q // h_kv
+    t, s = _token(doc_ptr, index_ptr, b, row, n, HAS_DOCS, HAS_INDEX)
+    head, dim = tl.arange(0, GROUP_P), tl.arange(0, D)
+    real = head < group
+    q_row = (b * n_q + row) * h_q + h * group + head
+    q = tl.load(q_ptr + q_row[:, None] * D + dim[None, :], mask=real[:, None], other=0.0)
+    do = tl.load(do_ptr + q_row[:, None] * D + dim[None, :], mask=real[:, None], other=0.0)
+    lse = tl.load(lse_ptr + q_row, mask=real, other=float("inf"))
+    delta = tl.load(delta_ptr + q_row, mask=real, other=0.0)
+    place = ((b * n_q + row) * h_kv + h) * COUNT
+    dq = tl.zeros([GROUP_P, D], tl.float32)
+    for first in range(0, COUNT * SIZE, KEYS):
+        key, seen = _keys_of(blocks_ptr, place, first, s, t, SIZE, COUNT, KEYS)
+        at = ((b * n + key) * h_kv + h) * D
+        k = tl.load(k_ptr + at[:, None] + dim[None, :], mask=seen[:, None], other=0.0)
+        v_t = tl.load(v_ptr + at[None, :] + dim[:, None], mask=seen[None, :], other=0.0)
+        score = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2
+        weight = tl.where(seen[None, :], tl.exp2(score - lse[:, None]), 0.0)
+        d_score = weight * (tl.dot(do, v_t, input_precision="ieee") - delta[:, None])
+        dq = tl.dot(d_score.to(k.dtype), k, dq, input_precision="ieee")
+    dq *= scale
+    if ADD:
+        dq += tl.load(dq_ptr + q_row[:, None] * D + dim[None, :], mask=real[:, None], other=0.0).to(tl.float32)
+    tl.store(dq_ptr + q_row[:, None] * D + dim[None, :], dq.to(dq_ptr.dtype.element_ty), mask=real[:, None])
+
+
+@triton.jit
+def _block_ids(
+    blocks_ptr, doc_ptr, index_ptr, id_ptr, out_ptr,
+    n, n_q, ids, segments, h_kv: tl.constexpr, SIZE: tl.constexpr, COUNT: tl.constexpr, ROWS: tl.constexpr,
+    HAS_DOCS: tl.constexpr, HAS_INDEX: tl.constexpr,
+):  # fmt: skip
+    """For each selected block of each token, its segment (batch row, KV head, block), int32 [B, Hkv, Nq, count]."""
+    h, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    row, column, real = i // COUNT, i % COUNT, i < n_q * COUNT
+    t = tl.load(index_ptr + row, mask=real, other=0) if HAS_INDEX else row
+    block = tl.load(blocks_ptr + ((b * n_q + row) * h_kv + h) * COUNT + column, mask=real, other=-1)
+    used = block >= 0
+    if HAS_DOCS:
+        s = tl.load(doc_ptr + b * n + t, mask=real, other=0)
+        place = s + block * SIZE
+        used = used & (place < n)
+        block = tl.load(id_ptr + b * n + place, mask=real & used, other=0)
+    used = used & (block < ids)
+    segment = tl.where(used, (b * h_kv + h) * ids + block, segments)
+    tl.store(out_ptr + (b * h_kv + h) * n_q * COUNT + i, segment.to(tl.int32), mask=real)
+
+
+@triton.jit
+def _backward_kv(
+    q_ptr, k_ptr, v_ptr, order_ptr, offset_ptr, block_start_ptr, block_total_ptr, index_ptr, do_ptr, lse_ptr, delta_ptr,
+    dk_ptr, dv_ptr,
+    n, n_q, ids, scale, scale_log2, h_q: tl.constexpr, h_kv: tl.constexpr, SIZE: tl.constexpr, COUNT: tl.constexpr,
+    D: tl.constexpr, SIZE_P: tl.constexpr, GROUP_P: tl.constexpr, ROWS: tl.constexpr,
+    HAS_DOCS: tl.constexpr, HAS_INDEX: tl.constexpr, ADD: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    h, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    group: tl.constexpr = h_q // h_kv
+    TOKENS: tl.constexpr = ROWS // GROUP_P
+    row_of, head, dim = tl.arange(0, ROWS) // GROUP_P, tl.arange(0, ROWS) % GROUP_P, tl.arange(0, D)
+    last = tl.load(block_total_ptr + b) if HAS_DOCS else ids
+    for block in range(tl.program_id(0), last, tl.num_programs(0)):
+        start = tl.load(block_start_ptr + b * n + block) if HAS_DOCS else block * SIZE
+        size = SIZE
+        if HAS_DOCS:  # a document's last block may be partial, and what follows belongs to the next block
+            size = tl.load(block_start_ptr + b * n + block + 1, mask=block + 1 < last, other=n) - start
+        offset = tl.arange(0, SIZE_P)
+        key = start + offset
+        key_real = (offset < size) & (offset < SIZE) & (key < n)
+        at = ((b * n + key) * h_kv + h)[:, None] * D + dim[None, :]
+        k = tl.load(k_ptr + at, mask=key_real[:, None], other=0.0)
+        v = tl.load(v_ptr + at, mask=key_real[:, None], other=0.0)
+        dk = tl.zeros([SIZE_P, D], tl.float32)
+        dv = tl.zeros([SIZE_P, D], tl.float32)
+        segment = (b * h_kv + h) * ids + block
+        begin, end = tl.load(offset_ptr + segment), tl.load(offset_ptr + segment + 1)
+        for first in tl.range(begin, end, TOKENS, num_stages=STAGES):
+            entry = first + row_of
+            real = (entry < end) & (head < group)
+            row = (tl.load(order_ptr + entry, mask=entry < end, other=0) // COUNT) % n_q
+            q_row = (b * n_q + row) * h_q + h * group + head
+            q = tl.load(q_ptr + q_row[:, None] * D + dim[None, :], mask=real[:, None], other=0.0)
+            do = tl.load(do_ptr + q_row[:, None] * D + dim[None, :], mask=real[:, None], other=0.0)
+            lse = tl.load(lse_ptr + q_row, mask=real, other=float("inf"))
+            delta = tl.load(delta_ptr + q_row, mask=real, other=0.0)
+            t = tl.load(index_ptr + row, mask=real, other=-1) if HAS_INDEX else row
+            score = tl.dot(k, tl.trans(q), input_precision="ieee") * scale_log2
+            seen = key_real[:, None] & real[None, :] & (key[:, None] <= t[None, :])
+            weight = tl.where(seen, tl.exp2(score - lse[None, :]), 0.0)
+            dv = tl.dot(weight.to(do.dtype), do, dv, input_precision="ieee")
+            d_score = weight * (tl.dot(v, tl.trans(do), input_precision="ieee") - delta[None, :])
+            dk = tl.dot(d_score.to(q.dtype), q, dk, input_precision="ieee")
+        dk *= scale
+        if ADD:
+            dk += tl.load(dk_ptr + at, mask=key_real[:, None], other=0.0).to(tl.float32)
+            dv += tl.load(dv_ptr + at, mask=key_real[:, None], other=0.0).to(tl.float32)
+        tl.store(dk_ptr + at, dk.to(dk_ptr.dtype.element_ty), mask=key_real[:, None])
+        tl.store(dv_ptr + at, dv.to(dv_ptr.dtype.element_ty), mask=key_real[:, None])
+
+
+def inverse_index(blocks: Tensor, n: int, size: int, doc_starts: Tensor | None, query_index: Tensor | None):
+    """For each (batch row, KV head, block), the entries of `blocks` that select it: a stable counting order.
+
+    Returns order int64 [entries], offsets int32 [segments + 1], block starts and totals (documents only), blocks per
+    row.
+    """
+    batch, n_q, h_kv, count = blocks.shape
+    device = blocks.device
+    block_id = block_start = total = None
+    ids = slot_count(n, size)
+    if doc_starts is not None:  # number the blocks of a packed row from left to right
+        ids = n
+        place = torch.arange(n, device=device, dtype=torch.int32)
+        begins = (place - doc_starts) % size == 0
+        block_id = (begins.cumsum(1, dtype=torch.int32) - 1).to(torch.int32)
+        total = block_id[:, -1] + 1
+        block_start = torch.full((batch, n + 1), n, dtype=torch.int32, device=device)
+        block_start.scatter_(1, torch.where(begins, block_id, n).long(), place.expand(batch, -1))
+        block_start = block_start[:, :n].contiguous()
+    segments = batch * h_kv * ids
+    segment = torch.empty(batch * h_kv * n_q * count, dtype=torch.int32, device=device)
+    _block_ids[(triton.cdiv(n_q * count, 1024), h_kv, batch)](
+        blocks, doc_starts, query_index, block_id, segment, n, n_q, ids, segments, h_kv, size, count, 1024,
+        HAS_DOCS=doc_starts is not None, HAS_INDEX=query_index is not None,
+    )  # fmt: skip
+    ordered, order = segment.sort(stable=True)
+    edges = torch.arange(segments + 1, dtype=torch.int32, device=device)
+    offsets = torch.searchsorted(ordered, edges, out_int32=True)
+    return order, offsets, block_start, total, ids
+
+
+def forward(q, k, v, blocks, size: int, scale: float, doc_starts, query_index, config) -> tuple[Tensor, Tensor]:
+    """o [B, Nq, Hq, D] in q's dtype and log2-sum-exp2 fp32 [B, Nq, Hq]."""
+    batch, n_q, h_q, dim = q.shape
+    n, h_kv = k.shape[1:3]
+    o, lse = torch.empty_like(q), torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    _forward[(n_q, h_kv, batch)](
+        q, k, v, blocks, doc_starts, query_index, o, lse, n, n_q, scale * LOG2E, h_q, h_kv, size, blocks.shape[3], dim,
+        max(16, triton.next_power_of_2(h_q // h_kv)), max(16, config.sparse_keys),
+        HAS_DOCS=doc_starts is not None, HAS_INDEX=query_index is not None, num_warps=config.sparse_warps,
+    )  # fmt: skip
+    return o, lse
+
+
+def backward(
+    q, k, v, blocks, lse, do, delta, size: int, scale: float, doc_starts, query_index, config, add_to=None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk, dv; added in place to the gradients in `add_to` when given."""
+    batch, n_q, h_q, dim = q.shape
+    n, h_kv, count = k.shape[1], k.shape[2], blocks.shape[3]
+    dq, dk, dv = add_to if add_to is not None else (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v))
+    flags = {"HAS_DOCS": doc_starts is not None, "HAS_INDEX": query_index is not None, "ADD": add_to is not None}
+    group_p = triton.next_power_of_2(h_q // h_kv)
+    _backward_q[(n_q, h_kv, batch)](
+        q, k, v, blocks, doc_starts, query_index, do, lse, delta, dq, n, n_q, scale, scale * LOG2E, h_q, h_kv, size,
+        count, dim, max(16, group_p), max(16, config.dq_keys), **flags, num_warps=config.dq_warps,
+    )  # fmt: skip
+    order, offsets, block_start, total, ids = inverse_index(blocks, n, size, doc_starts, query_index)
+    _backward_kv[(slot_count(n, size), h_kv, batch)](
+        q, k, v, order, offsets, block_start, total, query_index, do, lse, delta, dk, dv,
+        n, n_q, ids, scale, scale * LOG2E, h_q, h_kv, size, count, dim, max(16, triton.next_power_of_2(size)), group_p,
+        max(config.dkv_rows, group_p), **flags, STAGES=config.dkv_stages, num_warps=config.dkv_warps,
+    )  # fmt: skip
+    return dq, dk, dv
