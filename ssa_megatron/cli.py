@@ -16,7 +16,9 @@ import typer
 from pipelines.errors import DataError
 from ssa_megatron.errors import ConfigError, DataProblem, SSAError
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__.splitlines()[0])
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__.splitlines()[0]
+)
 tokenizer_app = typer.Typer(no_args_is_help=True, help="Train and inspect SentencePiece tokenizers.")
 data_app = typer.Typer(no_args_is_help=True, help="Turn a corpus into packed MDS shards, check and describe them.")
 app.add_typer(tokenizer_app, name="tokenizer")
@@ -57,6 +59,16 @@ def show_config(recipe: RecipeName, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="folder for everything the demo makes; emptied first")] = Path("runs/demo"),
+) -> None:
+    """The whole arc in minutes on a laptop: text, tokenizer, shards, training, a kill, a resume, export, generation."""
+    from ssa_megatron.demo import run_demo
+
+    run_demo(out)
+
+
+@app.command()
 def report(run: Annotated[Path, typer.Argument(help="run folder")]) -> None:
     """Write report.html into a run folder: curves, figures, samples."""
     from ssa_megatron.train.report import write_report
@@ -69,7 +81,7 @@ def export_run(
     run: Annotated[Path, typer.Argument(help="run folder or step folder")],
     out: Annotated[Path, typer.Argument(help="Hugging Face folder to write; must not exist")],
     step: Annotated[int | None, typer.Option(help="checkpoint step; the newest by default")] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16; the trained weights' own by default")] = None,
+    dtype: Annotated[str | None, typer.Option(help="bf16, fp16 or fp32; what training computed in by default")] = None,
 ) -> None:
     """Convert a checkpoint to a Hugging Face folder that loads with torch and transformers alone."""
     from ssa_megatron.hf.export import export

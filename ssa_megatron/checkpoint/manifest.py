@@ -50,7 +50,9 @@ class Manifest:
         try:
             values = json.loads(path.read_text())
             if values.pop("format") != FORMAT:
-                raise CheckpointError(f"{path}: another format version", remedy="load it with the release that wrote it")
+                raise CheckpointError(
+                    f"{path}: another format version", remedy="load it with the release that wrote it"
+                )
             values["files"] = {name: StoredFile(**entry) for name, entry in values["files"].items()}
             return Manifest(**values)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

@@ -44,7 +44,9 @@ class Checkpoint:
         else:
             candidates = committed(path)
             if not candidates:
-                raise CheckpointError(f"{path} holds no committed checkpoint", remedy="give a run folder that was trained")
+                raise CheckpointError(
+                    f"{path} holds no committed checkpoint", remedy="give a run folder that was trained"
+                )
             chosen = candidates[0]
         checkpoint = cls(chosen)
         checkpoint.verify()
@@ -92,7 +94,9 @@ class Checkpoint:
     def tensor(self, name: str, kind: str = "weight", dtype: torch.dtype | None = None) -> Tensor:
         """The whole global tensor, on the CPU. `weight` falls back to the master where they are the same values."""
         entry = self._entry(name, kind)
-        return self.rectangle(name, kind, (0,) * len(entry["shape"]), tuple(entry["shape"])).to(dtype or getattr(torch, entry["dtype"]))
+        return self.rectangle(name, kind, (0,) * len(entry["shape"]), tuple(entry["shape"])).to(
+            dtype or getattr(torch, entry["dtype"])
+        )
 
     def rectangle(self, name: str, kind: str, offset: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
         """The part of a global tensor that starts at `offset` and has `shape`, whatever pieces it is stored in."""
@@ -111,13 +115,25 @@ class Checkpoint:
                 stored[first:last] = self._read(piece["file"], piece["key"])
                 covered += last - first
             if covered != stored.numel():
-                raise CheckpointError(f"{self.folder}: {kind} {name} is stored incompletely ({covered} of {stored.numel()})")
+                raise CheckpointError(
+                    f"{self.folder}: {kind} {name} is stored incompletely ({covered} of {stored.numel()})"
+                )
             source = stored.view(p_shape)[_slices(low, high, p_offset)]
             result[_slices(low, high, offset)] = source
             filled += source.numel()
         if filled != result.numel():
-            raise CheckpointError(f"{self.folder}: {kind} {name} covers {filled} of {result.numel()} requested elements")
+            raise CheckpointError(
+                f"{self.folder}: {kind} {name} covers {filled} of {result.numel()} requested elements"
+            )
         return result
+
+    def digest(self, kinds: tuple[str, ...] = ("master", "exp_avg", "exp_avg_sq")) -> str:
+        """sha256 (hex) over whole tensors in canonical order: equal for equal contents, whatever topology wrote them."""
+        sha = hashlib.sha256()
+        for name in sorted(self.names()):
+            for kind in kinds:
+                sha.update(self.tensor(name, kind).contiguous().view(torch.uint8).numpy())
+        return sha.hexdigest()
 
     def _entry(self, name: str, kind: str) -> dict:
         kinds = self.content.tensors.get(name)

@@ -24,7 +24,13 @@ _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16"}
 
 
 def save_checkpoint(
-    run: Path, optimizer: ShardedOptimizer, recipe: Recipe, context: ParallelContext, *, step: int, state: dict,
+    run: Path,
+    optimizer: ShardedOptimizer,
+    recipe: Recipe,
+    context: ParallelContext,
+    *,
+    step: int,
+    state: dict,
     tokenizer_fingerprint: str,
 ) -> str | None:
     """Commit `run/checkpoints/step-XXXXXXXX`. Every rank calls. Returns None, or why nothing was committed, on all ranks."""

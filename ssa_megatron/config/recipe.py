@@ -4,6 +4,7 @@ The resolved recipe is the single source of truth of a run; everything else (Meg
 from it. Unknown keys, mistyped values and impossible combinations are refused with the field, the value and the remedy.
 """
 
+import contextlib
 import difflib
 import hashlib
 import json
@@ -41,7 +42,9 @@ def resolve(values: dict, *, origin: str) -> Recipe:
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(_explain(error, values, origin), remedy="edit the recipe or the override named above") from None
+        raise ConfigError(
+            _explain(error, values, origin), remedy="edit the recipe or the override named above"
+        ) from None
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -100,7 +103,9 @@ def _read_yaml(name_or_path: str) -> dict:
     except yaml.YAMLError as error:
         raise ConfigError(f"recipe {path} is not valid YAML: {error}", remedy="fix the line named above") from None
     if not isinstance(values, dict):
-        raise ConfigError(f"recipe {path} holds {type(values).__name__}, not sections", remedy="start from a packaged recipe")
+        raise ConfigError(
+            f"recipe {path} holds {type(values).__name__}, not sections", remedy="start from a packaged recipe"
+        )
     return values
 
 
@@ -108,21 +113,23 @@ def _apply_override(values: dict, override: str) -> None:
     key, separator, text = override.partition("=")
     parts = key.split(".")
     if not separator or not all(parts):
-        raise ConfigError(f"override {override!r} is not of the form section.field=value", remedy="e.g. train.steps=100")
+        raise ConfigError(
+            f"override {override!r} is not of the form section.field=value", remedy="e.g. train.steps=100"
+        )
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"override {override!r}: the value is not valid YAML: {error}", remedy="quote it") from None
     if isinstance(value, str):  # YAML 1.1 reads 1e-3 as a string; a learning rate is a number
-        try:
+        with contextlib.suppress(ValueError):
             value = float(value)
-        except ValueError:
-            pass
     section = values
     for part in parts[:-1]:
         section = section.setdefault(part, {})
         if not isinstance(section, dict):
-            raise ConfigError(f"override {override!r}: {part!r} is a value, not a section", remedy="check the field's name")
+            raise ConfigError(
+                f"override {override!r}: {part!r} is a value, not a section", remedy="check the field's name"
+            )
     section[parts[-1]] = value
 
 

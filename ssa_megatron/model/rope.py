@@ -25,7 +25,9 @@ def inverse_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None
     return (1 - smooth) * frequencies / scaling.factor + smooth * frequencies
 
 
-def rotary_table(positions_bn: Tensor, head_dim: int, theta: float, scaling: RopeScaling | None) -> tuple[Tensor, Tensor]:
+def rotary_table(
+    positions_bn: Tensor, head_dim: int, theta: float, scaling: RopeScaling | None
+) -> tuple[Tensor, Tensor]:
     """cos and sin, fp32 `[N, B, 1, head_dim]`, for integer positions `[B, N]`; Megatron's sequence-first layout."""
     frequencies = inverse_frequencies(head_dim, theta, scaling, positions_bn.device)
     angles = positions_bn.t().unsqueeze(-1).float() * frequencies  # [N, B, head_dim / 2]

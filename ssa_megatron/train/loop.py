@@ -50,7 +50,9 @@ def train(recipe: Recipe, run: Path) -> int:
     info = pipelines.load_dataset_info(recipe.data.path)
     context = parallel.initialize(recipe)
     console = Console(total_steps=recipe.train.steps, interval=recipe.logging.interval, enabled=context.is_writer)
-    console.phase(f"{context.world} process(es) on {context.device.type}, tensor {context.tensor_size}, data {context.data_size}")
+    console.phase(
+        f"{context.world} process(es) on {context.device.type}, tensor {context.tensor_size}, data {context.data_size}"
+    )
     tokenizer = pipelines.Tokenizer.load(Path(recipe.data.path) / "tokenizer.model")
     pipelines.check_compatible(
         info,
@@ -103,12 +105,15 @@ def train(recipe: Recipe, run: Path) -> int:
                 _save(run, recipe, tokenizer.fingerprint, optimizer, rows, context, console, progress)
             if progress.skipped_in_a_row >= recipe.train.max_skipped_steps:
                 raise TrainingStopped(
-                    f"{progress.skipped_in_a_row} steps in a row had a non-finite loss or gradient; the last is step {done}, "
-                    f"rows {(done - 1) * recipe.train.global_batch_rows}..{done * recipe.train.global_batch_rows - 1} of the stream",
+                    f"{progress.skipped_in_a_row} steps in a row had a non-finite loss or gradient; the last is step "
+                    f"{done}, rows {rows.samples_seen - recipe.train.global_batch_rows}..{rows.samples_seen - 1} "
+                    "of the stream",
                     remedy="look at those rows and at the learning rate; checkpoints up to the first of them are good",
                 )
             if stopping:
-                console.say(f"stopped by {stop.received.name if stop.received else 'a signal to another rank'} at step {done}")
+                console.say(
+                    f"stopped by {stop.received.name if stop.received else 'a signal to another rank'} at step {done}"
+                )
                 return EXIT_REQUEUE
     finally:
         if metrics is not None:
@@ -140,7 +145,9 @@ def _restore(run, recipe, fingerprint, optimizer, rows, context, console: Consol
         return Progress()
     content = checkpoint.content
     if content.recipe_digest != digest(recipe):
-        raise CheckpointError(f"{checkpoint.folder} was written with another recipe", remedy="give another folder with --run-folder")
+        raise CheckpointError(
+            f"{checkpoint.folder} was written with another recipe", remedy="give another folder with --run-folder"
+        )
     if content.tokenizer_fingerprint != fingerprint:
         raise CheckpointError(
             f"{checkpoint.folder} was trained with tokenizer {content.tokenizer_fingerprint[:12]}, "
@@ -162,7 +169,9 @@ def _save(run, recipe, fingerprint, optimizer, rows, context, console: Console, 
         run, optimizer, recipe, context, step=progress.step, state=state, tokenizer_fingerprint=fingerprint
     )
     if problem:
-        console.say(f"CHECKPOINT of step {progress.step} NOT WRITTEN: {problem}; training goes on, older checkpoints are intact")
+        console.say(
+            f"CHECKPOINT of step {progress.step} NOT WRITTEN: {problem}; training goes on, older checkpoints are intact"
+        )
         return
     if context.is_writer:
         prune(run, recipe.checkpoint.keep)

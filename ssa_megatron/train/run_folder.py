@@ -43,7 +43,8 @@ class RunFolder:
             handle.seek(0)
             owner = handle.read().strip() or "another process"
             raise RunFolderError(
-                f"run folder {self.path} is in use by {owner}", remedy="stop that job, or give another folder with --run-folder"
+                f"run folder {self.path} is in use by {owner}",
+                remedy="stop that job, or give another folder with --run-folder",
             ) from None
         handle.truncate(0)
         handle.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
@@ -83,7 +84,9 @@ def read_recipe(path: Path) -> Recipe:
     try:
         values = yaml.safe_load(config.read_text())
     except (OSError, yaml.YAMLError) as error:
-        raise RunFolderError(f"{path} is not a run folder: {config} cannot be read ({error})", remedy="check the path") from None
+        raise RunFolderError(
+            f"{path} is not a run folder: {config} cannot be read ({error})", remedy="check the path"
+        ) from None
     return resolve(values, origin=str(config))
 
 

@@ -40,7 +40,13 @@ class StepResult:
 
 
 def train_step(
-    model: SSAModel, optimizer: ShardedOptimizer, rows: Iterator, recipe: Recipe, context: ParallelContext, *, step: int,
+    model: SSAModel,
+    optimizer: ShardedOptimizer,
+    rows: Iterator,
+    recipe: Recipe,
+    context: ParallelContext,
+    *,
+    step: int,
     lr: float,
 ) -> StepResult:
     """Consume this rank's micro-batches of global step `step` from `rows` and update at rate `lr`."""
@@ -127,4 +133,3 @@ def reduce_losses(
     dist.all_reduce(totals, group=context.data_group)
     dist.all_reduce(totals[1], group=context.tensor_group)  # each tensor-parallel rank aligned its own heads
     return tuple(totals.tolist())
-

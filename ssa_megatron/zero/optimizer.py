@@ -70,7 +70,9 @@ class ShardedOptimizer:
 
     def gradient(self, parameter: torch.nn.Parameter) -> Tensor | None:
         """The gradient accumulated so far, in the parameter's shape: fp32 under bf16 training, else the parameter's own."""
-        accumulated = getattr(parameter, "_hp_grad", None)  # exists after the first backward, only with fp32 accumulation
+        accumulated = getattr(
+            parameter, "_hp_grad", None
+        )  # exists after the first backward, only with fp32 accumulation
         return parameter.grad if accumulated is None else accumulated.view(parameter.shape)
 
     def finish_gradients(self) -> None:
