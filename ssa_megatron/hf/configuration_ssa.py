@@ -1,0 +1,116 @@
+"""Configuration of an SSA language model: a Llama block with a gate per head and full, moba, nsa or ssa attention.
+
+RoPE settings are kept as `rope_parameters` (one dict with `rope_type` and `rope_theta`), which transformers 4.57 and
+5.x both round-trip; `rope_theta` and `rope_scaling` are accepted and can be read back. An unknown attention kind,
+inference mode, top-k rule or RoPE type is a ValueError. This file is copied into exported folders, so it imports
+transformers only.
+"""
+
+from transformers import PretrainedConfig
+
+KINDS = ("full", "moba", "nsa", "ssa")
+MODES = ("full", "sparse")
+TOPK = ("exact", "authors")
+ROPE_TYPES = ("default", "llama3")
+
+
+def check_choice(name, value, choices):
+    if value not in choices:
+        raise ValueError(f"{name}={value!r} is not one of {', '.join(choices)}")
+    return value
+
+
+class SSAConfig(PretrainedConfig):
+    """See the arguments' names; sizes are those of the paper's 1B model where no value is given.
+
+    `block_size` tokens make a block and each token attends to `block_count` of them in sparse mode, its own included.
+    `window` (tokens) is used by `nsa`, `alignment_weight` by `ssa` in training. `inference_mode` is what a forward runs
+    unless it is told otherwise: "full" attends to everything, "sparse" to the selected blocks; None means sparse for
+    moba and nsa (they train that way) and full for the others.
+    """
+
+    model_type = "ssa"
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 - an annotation makes it a field in 5.x
+
+    def __init__(
+        self,
+        vocab_size=128256,
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=16,
+        num_attention_heads=32,
+        num_key_value_heads=2,
+        head_dim=64,
+        max_position_embeddings=8192,
+        rope_theta=500000.0,
+        rope_scaling=None,
+        rope_parameters=None,
+        rms_norm_eps=1e-5,
+        initializer_range=0.02,
+        attention_kind="ssa",
+        block_size=16,
+        block_count=16,
+        topk="exact",
+        window=128,
+        alignment_weight=10.0,
+        inference_mode=None,
+        use_cache=True,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=None,
+        **kwargs,
+    ):
+        self.vocab_size = vocab_size
+        self.hidden_size = hidden_size
+        self.intermediate_size = intermediate_size
+        self.num_hidden_layers = num_hidden_layers
+        self.num_attention_heads = num_attention_heads
+        self.num_key_value_heads = num_key_value_heads
+        self.head_dim = head_dim
+        self.max_position_embeddings = max_position_embeddings
+        self.rms_norm_eps = rms_norm_eps
+        self.initializer_range = initializer_range
+        self.attention_kind = check_choice("attention_kind", attention_kind, KINDS)
+        self.block_size = block_size
+        self.block_count = block_count
+        self.topk = check_choice("topk", topk, TOPK)
+        self.window = window
+        self.alignment_weight = alignment_weight
+        if inference_mode is None:
+            inference_mode = "sparse" if attention_kind in ("moba", "nsa") else "full"
+        self.inference_mode = check_choice("inference_mode", inference_mode, MODES)
+        self.use_cache = use_cache
+        if num_attention_heads % num_key_value_heads:
+            raise ValueError(f"num_key_value_heads={num_key_value_heads} must divide {num_attention_heads} query heads")
+        if min(block_size, block_count, window) < 1:
+            raise ValueError(
+                f"block_size={block_size}, block_count={block_count} and window={window} must be at least 1"
+            )
+        # `rope_parameters` wins: it is what a saved config holds, and what transformers 5 renames `rope_scaling` to.
+        rope = dict(rope_parameters or rope_scaling or {})
+        rope.setdefault("rope_type", rope.pop("type", "default" if not rope else "llama3"))
+        rope.setdefault("rope_theta", float(rope_theta))
+        check_choice("rope_type", rope["rope_type"], ROPE_TYPES)
+        self.rope_parameters = rope
+        self.rope_theta = rope["rope_theta"]
+        super().__init__(
+            tie_word_embeddings=tie_word_embeddings,
+            bos_token_id=bos_token_id,
+            eos_token_id=eos_token_id,
+            pad_token_id=pad_token_id,
+            **kwargs,
+        )
+        # transformers 5 no longer keeps these two as common attributes of every config
+        self.tie_word_embeddings = tie_word_embeddings
+        self.bos_token_id, self.eos_token_id, self.pad_token_id = bos_token_id, eos_token_id, pad_token_id
+
+    @property
+    def gates(self):
+        """Gates per query head; nsa's are, in order, for the compressed, the selected and the window stream."""
+        return 3 if self.attention_kind == "nsa" else 1
+
+    @property
+    def rope_scaling(self):
+        """The Llama-3 scaling dict, or None."""
+        return None if self.rope_parameters["rope_type"] == "default" else dict(self.rope_parameters)

@@ -1,0 +1,288 @@
+"""A checkpoint of any topology to a Hugging Face folder that loads with torch and transformers alone.
+
+A folder of the final name is always complete: everything is written beside it, reloaded and compared bit for bit with
+the checkpoint, and renamed at the end; `parity.json` holds what was compared. It refuses an existing `out`, missing,
+extra or misshapen weights, and tokenizers that could not be converted exactly.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ssa_megatron.errors import CheckpointError, ConfigError, DataProblem
+from ssa_megatron.hf.card import model_card
+from ssa_megatron.hf.configuration_ssa import SSAConfig
+from ssa_megatron.hf.modeling_ssa import SSAForCausalLM
+from ssa_megatron.hf.tokenizer import write_tokenizer
+
+SHARD_BYTES = 5_000_000_000
+CODE = ("configuration_ssa.py", "modeling_ssa.py")
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def export(source, out: str | Path, *, step: int | None = None, dtype: str | torch.dtype | None = None) -> Path:
+    """Write the Hugging Face folder `out` and return its path.
+
+    `source`: a run folder (its newest checkpoint, or that of `step`), a step folder, or an open Checkpoint. `dtype`:
+    "bf16", "fp16", "fp32" or a torch dtype; None keeps the working precision of training. One shard of weights is in
+    memory at a time while writing, the model once while comparing. Raises CheckpointError, ConfigError, DataProblem;
+    then nothing is left behind.
+    """
+    out = Path(out)
+    if out.exists() or out.is_symlink():
+        raise ConfigError(f"{out} exists already", remedy="name a folder that does not exist, or remove this one first")
+    if isinstance(dtype, str):
+        if dtype not in DTYPES:
+            raise ConfigError(f"dtype={dtype!r} is not known", remedy=f"use one of {', '.join(DTYPES)}")
+        dtype = DTYPES[dtype]
+    checkpoint = _open(source, step)
+    config = config_of(checkpoint.recipe)
+    expected = expected_shapes(config)
+    check_names(checkpoint.names(), expected)
+    temporary = out.with_name(f".tmp-{out.name}-{os.getpid()}")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        marks = _write_tokenizer(checkpoint, config, temporary)
+        written = write_weights(open_weights(checkpoint, expected, dtype), temporary)
+        _write_config(config, written, marks, temporary)
+        parity = _check(checkpoint, temporary, dtype) | {"tokenizer_texts_compared": marks["texts_compared"]}
+        (temporary / "README.md").write_text(
+            model_card(config, checkpoint.manifest, parity, out.name), encoding="utf-8"
+        )
+        parity["files"] = {path.name: _sha256(path) for path in sorted(temporary.iterdir())}
+        _write_json(temporary / "parity.json", parity)
+        _sync(temporary)
+        temporary.rename(out)
+        _sync_folder(out.parent)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return out
+
+
+# ------------------------------------------------------------------------------------------------------ the checkpoint
+def _open(source, step: int | None):
+    if hasattr(source, "tensor"):
+        return source
+    from ssa_megatron.checkpoint.reader import Checkpoint
+
+    return Checkpoint.open(source, step=step)
+
+
+def config_of(recipe: dict) -> SSAConfig:
+    """The exported configuration of a resolved recipe. Raises CheckpointError for one this release does not know."""
+    try:
+        model, attention = recipe["model"], recipe["attention"]
+        scaling = model["rope_scaling"]
+        return SSAConfig(
+            vocab_size=model["vocab_size"],
+            hidden_size=model["hidden_size"],
+            intermediate_size=model["ffn_size"],
+            num_hidden_layers=model["num_layers"],
+            num_attention_heads=model["num_heads"],
+            num_key_value_heads=model["num_kv_heads"],
+            head_dim=model["head_dim"],
+            max_position_embeddings=model["max_sequence_length"],
+            rope_theta=model["rope_theta"],
+            rope_scaling=None if scaling is None else {"rope_type": "llama3", **scaling},
+            rms_norm_eps=model["norm_eps"],
+            initializer_range=model["init_std"],
+            tie_word_embeddings=model["tied_embeddings"],
+            attention_kind=attention["kind"],
+            block_size=attention["block_size"],
+            block_count=attention["block_count"],
+            topk=attention["topk"],
+            window=attention["window"],
+            alignment_weight=attention["alignment_weight"],
+        )
+    except KeyError as error:
+        raise CheckpointError(
+            f"the checkpoint's recipe has no {error}", remedy="export it with the release that wrote it"
+        ) from error
+    except ValueError as error:
+        raise CheckpointError(
+            f"the checkpoint's recipe: {error}", remedy="export it with the release that wrote it"
+        ) from error
+
+
+def expected_shapes(config: SSAConfig) -> dict[str, tuple[int, ...]]:
+    """Global name to shape of every stored weight, in model order, as the exported class itself has them."""
+    with torch.device("meta"):
+        model = SSAForCausalLM(config)
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters(remove_duplicate=False)}
+    if config.tie_word_embeddings:
+        shapes.pop("lm_head.weight")
+    return shapes
+
+
+def check_names(names: list[str], expected: dict[str, tuple[int, ...]]) -> None:
+    missing, extra = sorted(expected.keys() - set(names)), sorted(set(names) - expected.keys())
+    if missing or extra:
+        what = [
+            f"{word} {', '.join(found[:3])}" for word, found in (("lacks", missing), ("has unknown", extra)) if found
+        ]
+        raise CheckpointError(
+            f"the checkpoint {' and '.join(what)}", remedy="its recipe and its weights do not belong together"
+        )
+
+
+def open_weights(
+    checkpoint, expected: dict[str, tuple[int, ...]], dtype: torch.dtype | None
+) -> Iterator[tuple[str, Tensor]]:
+    """(global name, contiguous tensor) in model order, one in memory at a time."""
+    for name, shape in expected.items():
+        tensor = checkpoint.tensor(name, kind="weight", dtype=dtype)
+        if tuple(tensor.shape) != shape:
+            raise CheckpointError(f"{name} has shape {tuple(tensor.shape)}, the recipe's model needs {shape}")
+        yield name, tensor.contiguous()
+
+
+# ---------------------------------------------------------------------------------------------------------- the folder
+def write_weights(weights: Iterator[tuple[str, Tensor]], folder: Path, shard_bytes: int = SHARD_BYTES) -> dict:
+    """safetensors files of at most `shard_bytes` (one tensor may exceed it), with an index when there are several."""
+    shards: list[list[str]] = []
+    held: dict[str, Tensor] = {}
+    size = total = parameters = 0
+    dtypes: list[torch.dtype] = []
+
+    def flush():
+        save_file(held, folder / f"shard-{len(shards)}", metadata={"format": "pt"})
+        shards.append(list(held))
+        held.clear()
+
+    for name, tensor in weights:
+        if held and size + tensor.nbytes > shard_bytes:
+            flush()
+            size = 0
+        held[name] = tensor
+        size, total, parameters = size + tensor.nbytes, total + tensor.nbytes, parameters + tensor.numel()
+        dtypes.append(tensor.dtype)
+    flush()
+    names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    if len(shards) == 1:
+        names = ["model.safetensors"]
+    else:
+        where = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
+        _write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": where})
+    for i, name in enumerate(names):
+        (folder / f"shard-{i}").rename(folder / name)
+    return {"dtype": max(dtypes, key=dtypes.count), "parameters": parameters, "bytes": total}
+
+
+def _write_tokenizer(checkpoint, config: SSAConfig, folder: Path) -> dict:
+    path = checkpoint.tokenizer_path
+    if path is None or not Path(path).is_file():
+        raise DataProblem(
+            f"the run's tokenizer {path} is missing", remedy="copy the tokenizer model it was trained with there"
+        )
+    fingerprint = checkpoint.manifest.get("tokenizer_fingerprint")
+    if fingerprint and _sha256(Path(path)) != fingerprint:
+        raise DataProblem(
+            f"{path} is not the tokenizer the run was trained with",
+            remedy=f"restore the one with sha256 {fingerprint[:12]}...",
+        )
+    marks = write_tokenizer(path, folder, max_length=config.max_position_embeddings)
+    if marks["vocab_size"] > config.vocab_size:
+        raise DataProblem(f"the tokenizer has {marks['vocab_size']} pieces, the model {config.vocab_size} embeddings")
+    return marks
+
+
+def _write_config(config: SSAConfig, written: dict, marks: dict, folder: Path) -> None:
+    for name in CODE:
+        shutil.copyfile(Path(__file__).with_name(name), folder / name)
+    ids = {f"{key}_token_id": marks[f"{key}_id"] for key in ("bos", "eos", "pad")}
+    for key, value in ids.items():
+        setattr(config, key, value)
+    content = config.to_dict() | {
+        "architectures": ["SSAForCausalLM"],
+        "auto_map": {
+            "AutoConfig": "configuration_ssa.SSAConfig",
+            "AutoModel": "modeling_ssa.SSAModel",
+            "AutoModelForCausalLM": "modeling_ssa.SSAForCausalLM",
+        },
+        "dtype": str(written["dtype"]).removeprefix("torch."),
+    }
+    _write_json(folder / "config.json", {key: content[key] for key in sorted(content)})
+    _write_json(folder / "generation_config.json", {"do_sample": False, **ids})
+
+
+# --------------------------------------------------------------------------------------------------------------- parity
+def _check(checkpoint, folder: Path, dtype: torch.dtype | None) -> dict:
+    """Reload the folder and compare it with the checkpoint; raises CheckpointError at the first difference."""
+    for name in CODE:
+        if (folder / name).read_bytes() != Path(__file__).with_name(name).read_bytes():
+            raise CheckpointError(f"{folder / name} was not copied whole", remedy="is the disk full? export again")
+    model = SSAForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True).eval()
+    loaded = dict(model.named_parameters())
+    digest, parameters, names = hashlib.sha256(), 0, expected_shapes(model.config)
+    for name in names:
+        wanted, got = checkpoint.tensor(name, kind="weight", dtype=dtype).contiguous(), loaded[name].detach()
+        # as bytes: a NaN equals itself, and -0.0 differs from 0.0
+        if got.dtype != wanted.dtype or not torch.equal(_bytes(got), _bytes(wanted)):
+            raise CheckpointError(f"{name} differs from the checkpoint after reloading", remedy="export again")
+        digest.update(name.encode() + _bytes(got).numpy().tobytes())
+        parameters += got.numel()
+    return {
+        "step": checkpoint.manifest["step"],
+        "recipe_digest": checkpoint.manifest["recipe_digest"],
+        "tokenizer_fingerprint": checkpoint.manifest["tokenizer_fingerprint"],
+        "weights_bit_equal": True,
+        "weights_sha256": digest.hexdigest(),
+        "tensors": len(names),
+        "parameters": parameters,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "forward": _forward_report(model),
+    }
+
+
+@torch.inference_mode()
+def _forward_report(model: SSAForCausalLM) -> dict:
+    """Both modes run on one sequence: finite logits, and sparse equal to full where every block is selected."""
+    size = model.config.block_size
+    tokens = torch.arange(4 * size + 1)[None] % model.config.vocab_size
+    full = model(tokens, inference_mode="full", use_cache=False).logits.float()
+    sparse = model(tokens, inference_mode="sparse", block_count=2, use_cache=False).logits.float()
+    whole = model(tokens, inference_mode="sparse", block_count=5, use_cache=False).logits.float()
+    if not (full.isfinite().all() and sparse.isfinite().all()):
+        raise CheckpointError("the exported model's logits are not finite", remedy="export an earlier step")
+    return {
+        "tokens": tokens.shape[1],
+        "full_minus_sparse_all_blocks": (full - whole).abs().max().item(),
+        "full_minus_sparse_2_blocks": (full - sparse).abs().max().item(),
+    }
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.reshape(-1).view(torch.uint8)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write_json(path: Path, content: dict) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _sync(folder: Path) -> None:
+    for path in folder.iterdir():
+        _sync_folder(path)
+    _sync_folder(folder)
+
+
+def _sync_folder(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,237 @@
+"""Export of a checkpoint in the real format: weights bit for bit, any dtype, several shards, and every refusal."""
+
+import dataclasses
+import hashlib
+import json
+import shutil
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from ssa_megatron.checkpoint.manifest import Manifest, step_folder
+from ssa_megatron.checkpoint.reader import Checkpoint
+from ssa_megatron.errors import CheckpointError, ConfigError, DataProblem
+from ssa_megatron.hf import export as export_module
+from ssa_megatron.hf.export import config_of, expected_shapes, export, open_weights, write_weights
+from ssa_megatron.hf.modeling_ssa import SSAForCausalLM
+from ssa_megatron.model.names import global_shapes
+from tests.oracle import model as oracle
+
+from .conftest import oracle_config, tiny_recipe, write_run
+
+
+def load(folder):
+    return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype="auto").eval()
+
+
+def test_folder_holds_the_checkpoints_weights_and_computes_the_oracles_logits(folder, weights):
+    model = load(folder)
+    parameters = dict(model.named_parameters())
+    assert parameters.keys() == weights.keys()
+    for name, weight in weights.items():
+        assert torch.equal(parameters[name], weight.float())
+    tokens = torch.arange(3, 103)[None]
+    exact = {name: weight.float().double() for name, weight in weights.items()}
+    for mode in ("full", "sparse"):
+        want = oracle.logits(exact, oracle_config(tiny_recipe()), tokens, torch.zeros_like(tokens), mode)
+        with torch.no_grad():
+            got = model.double()(tokens, inference_mode=mode).logits
+        assert (got - want).abs().max() < 1e-10
+
+
+def test_folder_has_everything_a_reader_needs(folder, run):
+    names = {path.name for path in folder.iterdir()}
+    assert names == {
+        *("config.json", "generation_config.json", "configuration_ssa.py", "modeling_ssa.py", "model.safetensors"),
+        *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "README.md", "parity.json"),
+    }
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+    assert (config.model_type, config.attention_kind, config.block_count) == ("ssa", "ssa", 3)
+    assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (1, 2, 2)
+    assert json.loads((folder / "config.json").read_text())["dtype"] == "float32"
+    digest = Checkpoint.open(run).manifest["recipe_digest"]
+    card = (folder / "README.md").read_text()
+    assert digest in card
+    assert "trust_remote_code=True" in card
+    assert not list(folder.parent.glob(".tmp-*"))
+
+
+def test_parity_report_names_every_file_with_its_sha256(folder):
+    parity = json.loads((folder / "parity.json").read_text())
+    assert parity["weights_bit_equal"] is True
+    assert parity["step"] == 9
+    assert parity["forward"]["full_minus_sparse_all_blocks"] == 0
+    assert parity["forward"]["full_minus_sparse_2_blocks"] > 0
+    files = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
+    files.pop("parity.json")
+    assert parity["files"] == files
+
+
+def test_generation_through_the_pipeline_of_transformers_works(folder):
+    from transformers import pipeline
+
+    generator = pipeline(
+        "text-generation", model=load(folder), tokenizer=AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    )
+    text = generator("The model", max_new_tokens=5, do_sample=False)[0]["generated_text"]
+    assert text.startswith("The model")
+
+
+@pytest.mark.parametrize(("kind", "tied"), [("full", False), ("moba", True), ("nsa", False)])
+def test_other_kinds_and_untied_models_export(tmp_path, tokenizer, kind, tied):
+    recipe = tiny_recipe(kind, tied=tied)
+    weights = oracle.random_weights(oracle_config(recipe), seed=2)
+    out = export(write_run(tmp_path / "run", recipe, weights, tokenizer), tmp_path / "out")
+    parameters = dict(load(out).named_parameters())
+    assert parameters.keys() == weights.keys() == global_shapes(recipe).keys()
+    assert all(torch.equal(parameters[name], weight.float()) for name, weight in weights.items())
+
+
+def test_working_precision_is_kept_and_another_dtype_can_be_had(tmp_path, tokenizer, weights):
+    run = write_run(tmp_path / "run", tiny_recipe(), weights, tokenizer, bf16=True)
+    for wanted, dtype in ((None, torch.bfloat16), ("fp32", torch.float32), (torch.float16, torch.float16)):
+        model = load(export(run, tmp_path / f"out-{wanted}", dtype=wanted))
+        assert model.dtype == dtype
+        for name, parameter in model.named_parameters():
+            assert torch.equal(parameter, weights[name].bfloat16().to(dtype))
+
+
+def test_a_large_model_becomes_several_shards_with_an_index(tmp_path, run, weights, monkeypatch):
+    monkeypatch.setattr(export_module, "SHARD_BYTES", 40_000)
+    monkeypatch.setattr(export_module.write_weights, "__defaults__", (40_000,))
+    out = export(run, tmp_path / "out")
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    assert index["weight_map"].keys() == weights.keys()
+    assert set(index["weight_map"].values()) == {path.name for path in out.glob("*.safetensors")}
+    assert len(set(index["weight_map"].values())) > 2
+    assert all(torch.equal(p, weights[name].float()) for name, p in load(out).named_parameters())
+
+
+def test_save_pretrained_of_a_loaded_folder_loads_again_with_its_code(tmp_path, folder):
+    model = load(folder).set_attention(inference_mode="sparse", block_count=2)
+    model.save_pretrained(tmp_path / "again")
+    again = load(tmp_path / "again")
+    assert (again.config.inference_mode, again.config.block_count) == ("sparse", 2)
+    tokens = torch.arange(90)[None]
+    with torch.no_grad():
+        assert torch.equal(again(tokens).logits, model(tokens).logits)
+
+
+def test_step_chooses_the_checkpoint_and_an_unknown_one_is_named(tmp_path, tokenizer, weights):
+    run = tmp_path / "run"
+    write_run(run, tiny_recipe(), weights, tokenizer, step=4)
+    write_run(run, tiny_recipe(), {name: weight + 1 for name, weight in weights.items()}, tokenizer, step=8)
+    export(run, tmp_path / "four", step=4)
+    export(step_folder(run, 8), tmp_path / "eight")
+    four, eight = (json.loads((tmp_path / name / "parity.json").read_text()) for name in ("four", "eight"))
+    assert (four["step"], eight["step"]) == (4, 8)
+    assert four["weights_sha256"] != eight["weights_sha256"]
+    with pytest.raises(CheckpointError, match="no checkpoint of step 5"):
+        export(run, tmp_path / "five", step=5)
+
+
+# ------------------------------------------------------------------------------------------------------------- refusals
+def copied(run, tmp_path, **changes):
+    """A copy of the run whose manifest is changed."""
+    shutil.copytree(run, tmp_path / "changed")
+    folder = step_folder(tmp_path / "changed", 9)
+    (folder / "manifest.json").write_text(dataclasses.replace(Manifest.read(folder), **changes).to_json())
+    return tmp_path / "changed"
+
+
+def assert_refused(error, match, source, out, **options):
+    with pytest.raises(error, match=match):
+        export(source, out, **options)
+    assert not [path for path in out.parent.iterdir() if path.name.startswith((out.name, ".tmp-"))]
+
+
+def test_an_existing_out_is_left_alone(tmp_path, run):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "mine").write_text("precious")
+    with pytest.raises(ConfigError, match="exists already"):
+        export(run, out)
+    assert [path.name for path in out.iterdir()] == ["mine"]
+
+
+def test_wrong_arguments_are_named(tmp_path, run):
+    assert_refused(ConfigError, "dtype='int8'", run, tmp_path / "out", dtype="int8")
+    assert_refused(CheckpointError, "no committed checkpoint", tmp_path, tmp_path / "out")
+
+
+def test_a_missing_weight_and_an_unknown_one_are_named(tmp_path, run):
+    tensors = Manifest.read(step_folder(run, 9)).tensors
+    gone = tensors.pop("model.layers.1.self_attn.g_proj.weight")
+    changed = copied(run, tmp_path, tensors=tensors | {"model.extra.weight": gone})
+    wanted = "lacks model.layers.1.self_attn.g_proj.weight and has unknown model.extra.weight"
+    assert_refused(CheckpointError, wanted, changed, tmp_path / "out")
+
+
+def test_a_recipe_with_other_sizes_or_another_kind_is_refused(tmp_path, run):
+    recipe = Manifest.read(step_folder(run, 9)).recipe
+    other = json.loads(json.dumps(recipe))
+    other["model"]["ffn_size"] = 50
+    assert_refused(CheckpointError, r"has shape \(48, 32\)", copied(run, tmp_path, recipe=other), tmp_path / "out")
+    shutil.rmtree(tmp_path / "changed")
+    other = json.loads(json.dumps(recipe))
+    other["attention"]["kind"] = "dense"
+    assert_refused(CheckpointError, "attention_kind='dense'", copied(run, tmp_path, recipe=other), tmp_path / "out")
+    del other["attention"]
+    with pytest.raises(CheckpointError, match="no 'attention'"):
+        config_of(other)
+
+
+def test_a_damaged_weight_file_is_named(tmp_path, run):
+    changed = copied(run, tmp_path)
+    path = step_folder(changed, 9) / "rank-00001.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+    assert_refused(CheckpointError, "rank-00001.safetensors: sha256", changed, tmp_path / "out")
+
+
+def test_a_missing_or_foreign_tokenizer_is_named(tmp_path, run, tokenizer):
+    changed = copied(run, tmp_path)
+    (changed / "tokenizer.model").write_bytes(tokenizer.model + b"\x00")
+    assert_refused(DataProblem, "is not the tokenizer", changed, tmp_path / "out")
+    (changed / "tokenizer.model").unlink()
+    assert_refused(DataProblem, "tokenizer.model is missing", changed, tmp_path / "out")
+
+
+def test_a_tokenizer_larger_than_the_vocabulary_is_refused(tmp_path, tokenizer):
+    recipe = tiny_recipe(vocab_size=300)
+    weights = oracle.random_weights(oracle_config(recipe), seed=2)
+    run = write_run(tmp_path / "run", recipe, weights, tokenizer)
+    assert_refused(DataProblem, "697 pieces, the model 300", run, tmp_path / "out")
+
+
+def test_weights_that_reload_differently_stop_the_export(tmp_path, run, monkeypatch):
+    def damaging(weights, folder, *limit):
+        changed = ((name, tensor + (name == "model.norm.weight")) for name, tensor in weights)
+        return write_weights(changed, folder, *limit)
+
+    monkeypatch.setattr(export_module, "write_weights", damaging)
+    assert_refused(CheckpointError, "model.norm.weight differs", run, tmp_path / "out")
+
+
+def test_an_interrupted_export_leaves_nothing(tmp_path, run, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(export_module, "_check", interrupted)
+    assert_refused(KeyboardInterrupt, "", run, tmp_path / "out")
+
+
+def test_weights_are_read_one_at_a_time_in_model_order(run):
+    checkpoint = Checkpoint.open(run)
+    expected = expected_shapes(config_of(checkpoint.recipe))
+    assert expected == global_shapes(tiny_recipe())
+    assert [name for name, _ in open_weights(checkpoint, expected, None)] == list(expected)
+
+
+def test_class_loaded_from_the_package_and_from_the_folder_agree(folder):
+    own = SSAForCausalLM.from_pretrained(folder).eval()
+    tokens = torch.arange(60)[None]
+    with torch.no_grad():
+        assert torch.equal(own(tokens).logits, load(folder)(tokens).logits)

@@ -1,0 +1,365 @@
+"""The exported model class against the independent oracle: all kinds, both modes, cached, padded, chunked, trained."""
+
+import dataclasses
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+import kernels
+from ssa_megatron.config.sections import RopeScaling
+from ssa_megatron.hf import modeling_ssa
+from ssa_megatron.hf.configuration_ssa import SSAConfig
+from ssa_megatron.hf.modeling_ssa import SSAForCausalLM
+from ssa_megatron.model.rope import inverse_frequencies
+from tests.oracle import model as oracle
+
+KINDS = ("full", "moba", "nsa", "ssa")
+MODES = ("full", "sparse")
+LENGTHS = (1, 15, 16, 17, 63, 255, 512)
+
+
+def build(kind, *, tied=True, dtype=torch.float64, std=0.3, heads=(6, 2), **attention):
+    """(model, oracle configuration, oracle weights) with equal weights."""
+    attention = {"block_size": 16, "block_count": 4, "window": 40} | attention
+    reference = oracle.OracleConfig(97, 48, 2, *heads, 8, 80, kind=kind, tied=tied, **attention)
+    weights = oracle.random_weights(reference, seed=1, std=std)
+    config = SSAConfig(
+        vocab_size=97,
+        hidden_size=48,
+        intermediate_size=80,
+        num_hidden_layers=2,
+        num_attention_heads=heads[0],
+        num_key_value_heads=heads[1],
+        head_dim=8,
+        attention_kind=kind,
+        tie_word_embeddings=tied,
+        **attention,
+    )
+    model = SSAForCausalLM(config).to(dtype).eval()
+    full = dict(weights) if not tied else {**weights, "lm_head.weight": weights["model.embed_tokens.weight"]}
+    model.load_state_dict(full)
+    return model, reference, weights
+
+
+def tokens_of(length, rows=1):
+    return torch.randint(97, (rows, length), generator=torch.Generator().manual_seed(length))
+
+
+def expected(weights, reference, tokens, mode):
+    """The oracle's logits. It knows trunks of training; a mode that a kind does not train is that of another kind.
+
+    nsa in full mode selects every block; the one-gate kinds in either mode are ssa's two trunks.
+    """
+    if reference.kind == "nsa":
+        reference = reference if mode == "sparse" else dataclasses.replace(reference, block_count=10**6)
+    else:
+        reference = dataclasses.replace(reference, kind="ssa")
+    return oracle.logits(weights, reference, tokens, torch.zeros_like(tokens), mode)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_logits_are_those_of_the_oracle_at_every_length_in_both_modes(kind, tied):
+    model, reference, weights = build(kind, tied=tied)
+    for length in LENGTHS:
+        tokens = tokens_of(length)
+        for mode in MODES:
+            with torch.no_grad():
+                got = model(tokens, inference_mode=mode).logits
+            want = expected(weights, reference, tokens, mode)
+            assert (got - want).abs().max() < 1e-10, (length, mode)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_fp32_logits_are_within_1e5_of_the_fp64_oracle(kind):
+    model, reference, weights = build(kind, dtype=torch.float32, std=0.1)
+    for length in LENGTHS:
+        tokens = tokens_of(length)
+        for mode in MODES:
+            with torch.no_grad():
+                got = model(tokens, inference_mode=mode).logits
+            assert (got - expected(weights, reference, tokens, mode)).abs().max() < 1e-5, (length, mode)
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (5, 1)])
+def test_any_number_of_heads_per_group_agrees(heads):
+    for kind in ("nsa", "ssa"):
+        model, reference, weights = build(kind, heads=heads, block_size=7, block_count=3, window=11)
+        tokens = tokens_of(101, rows=2)
+        with torch.no_grad():
+            got = model(tokens, inference_mode="sparse").logits
+        assert (got - expected(weights, reference, tokens, "sparse")).abs().max() < 1e-10
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_default_mode_is_the_one_the_kind_trains_in(kind):
+    model, reference, weights = build(kind)
+    tokens = tokens_of(90)
+    mode = "sparse" if kind in ("moba", "nsa") else "full"
+    with torch.no_grad():
+        assert (model(tokens).logits - expected(weights, reference, tokens, mode)).abs().max() < 1e-10
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_enough_blocks_make_sparse_equal_full_and_one_block_fewer_does_not(kind):
+    model, _, _ = build(kind)
+    tokens = tokens_of(160)
+    with torch.no_grad():
+        full = model(tokens, inference_mode="full").logits
+        assert torch.equal(model(tokens, inference_mode="sparse", block_count=10).logits, full)
+        assert torch.equal(model(tokens, inference_mode="sparse", block_count=500).logits, full)
+        assert (model(tokens, inference_mode="sparse", block_count=9).logits - full).abs().max() > 1e-6
+
+
+def test_set_attention_changes_what_a_plain_call_runs():
+    model, reference, weights = build("ssa")
+    tokens = tokens_of(150)
+    model.set_attention(inference_mode="sparse", block_count=2)
+    want = expected(weights, dataclasses.replace(reference, block_count=2), tokens, "sparse")
+    with torch.no_grad():
+        assert (model(tokens).logits - want).abs().max() < 1e-10
+
+
+# ---------------------------------------------------------------------------------------------------- cache and padding
+def feed(model, tokens, steps, mode, mask=None):
+    """Logits of the tokens fed in `steps` pieces through one cache."""
+    cache, outputs, at = None, [], 0
+    for step in steps:
+        seen = None if mask is None else mask[:, : at + step]
+        piece = tokens[:, at : at + step]
+        output = model(piece, attention_mask=seen, past_key_values=cache, use_cache=True, inference_mode=mode)
+        cache, at = output.past_key_values, at + step
+        outputs.append(output.logits)
+    return torch.cat(outputs, 1), cache
+
+
+PIECES = ([1] * 70, [21, 1, 1, 37, *[1] * 10], [16, 16, 38], [69, 1])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_cached_pieces_give_the_logits_of_the_whole_sequence(kind, mode):
+    model, _, _ = build(kind, block_count=3)
+    tokens = tokens_of(70, rows=2)
+    want = model(tokens, inference_mode=mode).logits
+    for steps in PIECES:
+        assert (feed(model, tokens, steps, mode)[0] - want).abs().max() < 1e-10
+
+
+def left_padded(rows):
+    width = max(len(row) for row in rows)
+    tokens, mask = (torch.zeros(len(rows), width, dtype=torch.long) for _ in range(2))
+    for i, row in enumerate(rows):
+        tokens[i, width - len(row) :], mask[i, width - len(row) :] = row, 1
+    return tokens, mask
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_left_padded_row_gives_what_it_gives_alone_cached_or_not(kind, mode):
+    model, _, _ = build(kind, block_count=3)
+    rows = [tokens_of(length)[0] for length in (130, 85, 17, 1)]
+    tokens, mask = left_padded(rows)
+    whole = model(tokens, attention_mask=mask, inference_mode=mode).logits
+    pieces, _ = feed(model, tokens, [100, 1, 9, *[1] * 20], mode, mask)
+    assert whole.isfinite().all()
+    for i, row in enumerate(rows):
+        alone = model(row[None], inference_mode=mode).logits[0]
+        assert (whole[i, -len(row) :] - alone).abs().max() < 1e-10
+        assert (pieces[i, -len(row) :] - alone).abs().max() < 1e-10
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", KINDS)
+def test_generate_gives_the_same_tokens_with_and_without_cache_alone_and_in_a_batch(kind):
+    model, _, _ = build(kind, block_count=3)
+    rows = [tokens_of(length)[0] for length in (50, 33, 5)]
+    tokens, mask = left_padded(rows)
+    for mode in MODES:
+        options = {"max_new_tokens": 40, "do_sample": False, "inference_mode": mode, "pad_token_id": 0}
+        batch = model.generate(tokens, attention_mask=mask, **options)[:, 50:]
+        for i, row in enumerate(rows):
+            alone = model.generate(row[None], use_cache=True, **options)[0, len(row) :]
+            slow = model.generate(row[None], use_cache=False, **options)[0, len(row) :]
+            assert alone.tolist() == slow.tolist() == batch[i].tolist()
+
+
+@torch.no_grad()
+def test_beam_search_reorders_keys_values_and_pooled_keys_together():
+    model, _, _ = build("nsa", block_count=3)
+    tokens, mask = left_padded([tokens_of(50)[0], tokens_of(31)[0]])
+    options = {"max_new_tokens": 24, "num_beams": 3, "do_sample": False, "pad_token_id": 0}
+    cached = model.generate(tokens, attention_mask=mask, use_cache=True, **options)
+    assert cached.tolist() == model.generate(tokens, attention_mask=mask, use_cache=False, **options).tolist()
+
+
+@torch.no_grad()
+def test_a_cropped_cache_goes_on_as_if_the_cropped_tokens_had_never_been():
+    model, _, _ = build("nsa", block_count=3)
+    tokens, other = tokens_of(70), tokens_of(71)[:, :30]
+    _, cache = feed(model, tokens, [70], "sparse")
+    cache.crop(-22)
+    changed = torch.cat((tokens[:, :48], other), 1)
+    got = model(other, past_key_values=cache, use_cache=True).logits
+    assert (got - model(changed).logits[:, 48:]).abs().max() < 1e-10
+
+
+@torch.no_grad()
+def test_switching_the_mode_in_the_middle_of_a_sequence_pools_what_full_mode_did_not():
+    model, _, _ = build("ssa", block_count=3)
+    tokens = tokens_of(120)
+    cache = DynamicCache()
+    model(tokens[:, :90], past_key_values=cache, use_cache=True, inference_mode="full")
+    got = model(tokens[:, 90:], past_key_values=cache, use_cache=True, inference_mode="sparse").logits
+    assert got.shape == (1, 30, 97)
+    layer = cache.layers[0]
+    pooled = layer.keys[:, :, :112].reshape(1, 2, 7, 16, 8).mean(3)
+    assert (layer.pooled[0] - pooled).abs().max() < 1e-12
+
+
+@torch.no_grad()
+def test_a_decoding_step_pools_only_the_block_it_completes(monkeypatch):
+    model, _, _ = build("ssa", block_count=3)
+    tokens = tokens_of(97)
+    _, cache = feed(model, tokens[:, :64], [64], "sparse")
+    pooled = []
+
+    def counting(x, first, count, size, start, plain=modeling_ssa.pool_blocks):
+        pooled.append(count)
+        return plain(x, first, count, size, start)
+
+    monkeypatch.setattr(modeling_ssa, "pool_blocks", counting)
+    for t in range(64, 97):
+        model(tokens[:, t : t + 1], past_key_values=cache, use_cache=True, inference_mode="sparse")
+    assert pooled == [1] * 4  # two blocks completed in 33 steps, in each of two layers
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", KINDS)
+def test_chunks_of_queries_do_not_change_the_logits(kind, monkeypatch):
+    model, _, _ = build(kind, window=20)
+    tokens, mask = left_padded([tokens_of(150)[0], tokens_of(77)[0]])
+    want = [model(tokens, attention_mask=mask, inference_mode=mode).logits for mode in MODES]
+    monkeypatch.setattr(modeling_ssa, "CHUNK_ELEMENTS", 1 << 14)
+    for mode, logits in zip(MODES, want, strict=True):
+        assert (model(tokens, attention_mask=mask, inference_mode=mode).logits - logits).abs().max() < 1e-10
+
+
+@torch.no_grad()
+def test_bf16_runs_cached_and_stays_near_fp32():
+    model, _, _ = build("nsa", dtype=torch.float32, std=0.05)
+    tokens = tokens_of(80)
+    want = model(tokens, inference_mode="full").logits
+    model = model.to(torch.bfloat16)
+    got, _ = feed(model, tokens, [60, *[1] * 20], "full")
+    assert got.dtype == torch.bfloat16
+    assert (got - want).abs().max() < 0.05 * want.abs().max()
+
+
+# ------------------------------------------------------------------------------------------------ routing and positions
+@torch.no_grad()
+@pytest.mark.parametrize("topk", ["exact", "authors"])
+def test_selection_is_that_of_the_training_kernels(topk):
+    generator = torch.Generator().manual_seed(3)
+    q = torch.randn(2, 700, 6, 8, generator=generator, dtype=torch.float64)
+    k = torch.randn(2, 700, 2, 8, generator=generator, dtype=torch.float64)
+    spec = kernels.BlockSpec(16, 16, topk)
+    want = kernels.select_blocks(q, k, spec).sort(-1).values.permute(0, 2, 1, 3)
+    config = SSAConfig(head_dim=8, num_attention_heads=6, num_key_value_heads=2, topk=topk)
+    scaled = (q * 8**-0.5).view(2, 700, 2, 3, 8).permute(0, 2, 3, 1, 4)
+    pooled = modeling_ssa.pool_blocks(k.transpose(1, 2), 0, 43, 16, None)
+    position = torch.arange(700)[None]
+    got = modeling_ssa.select_blocks(scaled, pooled, position, config, 16).sort(-1).values
+    got = got[..., got.shape[-1] - 16 :] if got.shape[-1] >= 16 else got
+    assert torch.equal(got.to(want), want)
+
+
+@torch.no_grad()
+def test_equal_scores_go_to_the_lower_block():
+    config = SSAConfig(head_dim=8, num_attention_heads=2, num_key_value_heads=1)
+    q, pooled = torch.ones(1, 1, 2, 1, 8), torch.ones(1, 1, 9, 8)
+    got = modeling_ssa.select_blocks(q, pooled, torch.tensor([[150]]), config, 4)
+    assert got.flatten().tolist() == [9, 0, 1, 2]
+
+
+def test_llama3_scaling_is_the_trainers():
+    values = {"factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+    config = SSAConfig(head_dim=32, rope_theta=10000.0, rope_scaling={"rope_type": "llama3", **values})
+    frequencies = inverse_frequencies(32, 10000.0, RopeScaling(**values), "cpu")
+    assert not torch.equal(frequencies, inverse_frequencies(32, 10000.0, None, "cpu"))
+    cos, _ = modeling_ssa.rotary_table(torch.tensor([[0, 1, 300]]), config, torch.float32)
+    want = (torch.tensor([0.0, 1.0, 300.0])[:, None] * frequencies).cos()
+    torch.testing.assert_close(cos[0, 0, :, :16], want, rtol=0, atol=1e-4)  # 300 radians in fp32: 3e-5 of rounding
+
+
+def test_rope_settings_survive_saving_and_loading(tmp_path):
+    scaling = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    scaling["original_max_position_embeddings"] = 8192
+    for given in (None, scaling):
+        SSAConfig(rope_theta=12345.0, rope_scaling=given, attention_kind="moba", block_count=5).save_pretrained(
+            tmp_path
+        )
+        back = SSAConfig.from_pretrained(tmp_path)
+        assert (back.rope_theta, back.rope_parameters["rope_theta"]) == (12345.0, 12345.0)
+        assert back.rope_parameters["rope_type"] == ("default" if given is None else "llama3")
+        assert given is None or back.rope_scaling.items() >= given.items()
+        assert (back.attention_kind, back.inference_mode, back.block_count) == ("moba", "sparse", 5)
+
+
+# ------------------------------------------------------------------------------------------------------------- training
+@pytest.mark.parametrize(
+    ("kind", "trunk"), [("ssa", "full"), ("ssa", "sparse"), ("full", "full"), ("moba", "sparse"), ("nsa", "sparse")]
+)
+def test_training_loss_and_every_gradient_are_the_oracles(kind, trunk, monkeypatch):
+    monkeypatch.setattr(modeling_ssa, "CHUNK_ELEMENTS", 1 << 18)  # several chunks, each recomputed in backward
+    model, reference, weights = build(kind, tied=kind != "moba", block_count=3)
+    model.train()
+    tokens = tokens_of(120, rows=2)
+    weights = {name: weight.requires_grad_() for name, weight in weights.items()}
+    want = oracle.total_loss(weights, reference, tokens, torch.zeros_like(tokens), trunk)
+    want.backward()
+    output = model(tokens, labels=tokens, trunk=trunk)
+    output.loss.backward()
+    assert abs(output.loss.item() - want.item()) < 1e-10
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    assert gradients.keys() == weights.keys()
+    for name, weight in weights.items():
+        assert (gradients[name] - weight.grad).norm() < 1e-10 * weight.grad.norm(), name
+
+
+def test_loss_in_evaluation_is_cross_entropy_alone_and_skips_padding():
+    model, reference, weights = build("ssa")
+    tokens = tokens_of(60)
+    want, _ = oracle.losses(weights, reference, tokens, torch.zeros_like(tokens))
+    padded = torch.cat((torch.zeros(1, 9, dtype=torch.long), tokens), 1)
+    mask = (torch.arange(69) >= 9).long()[None]
+    with torch.no_grad():
+        loss = model(padded, attention_mask=mask, labels=padded.masked_fill(mask == 0, -100)).loss
+        # position 8, a padding token, would predict the first real one: an ordinary label-shift, and not in the oracle
+        first = torch.nn.functional.cross_entropy(model(padded, attention_mask=mask).logits[0, 8:9], padded[0, 9:10])
+    assert abs(loss * 60 - first - want * 59) < 1e-9
+
+
+# ------------------------------------------------------------------------------------------------------------- refusals
+def test_wrong_settings_are_named():
+    with pytest.raises(ValueError, match="attention_kind='dense'"):
+        SSAConfig(attention_kind="dense")
+    with pytest.raises(ValueError, match="rope_type='yarn'"):
+        SSAConfig(rope_scaling={"rope_type": "yarn", "factor": 2.0})
+    model, _, _ = build("ssa")
+    tokens = tokens_of(20)
+    with pytest.raises(ValueError, match="inference_mode='both'"):
+        model(tokens, inference_mode="both")
+    with pytest.raises(ValueError, match="block_count=0"):
+        model(tokens, block_count=0)
+    with pytest.raises(ValueError, match="contradict"):
+        model(tokens, trunk="full", inference_mode="sparse")
+    with pytest.raises(ValueError, match="hole"):
+        model(tokens, attention_mask=(torch.arange(20) != 7).long()[None])
+    with pytest.raises(ValueError, match="covers 19 tokens"):
+        model(tokens, attention_mask=torch.ones(1, 19))
+    with pytest.raises(ValueError, match="DynamicCache"):
+        model(tokens, past_key_values=((None, None),), use_cache=True)
