@@ -73,7 +73,7 @@ def test_another_micro_batch_size_keeps_the_sequence_of_rows(prepared, micro):
 
 
 def test_the_order_is_the_same_as_in_earlier_releases():
-    """Pinned: runs in progress depend on it. If an upgrade of streaming or numpy changes it, resuming refuses; say so."""
+    """Pinned: runs in progress depend on it, and refuse to resume after an upgrade of streaming or numpy changed it."""
     shards = np.array([40, 3, 17], np.int64)
     orders = [epoch_order(shards, seed=1, epoch=epoch, shuffle=True) for epoch in range(3)]
     digest = hashlib.sha256(np.concatenate(orders).astype("<i8").tobytes()).hexdigest()
