@@ -18,8 +18,10 @@ class Config(NamedTuple):
     select_warps: int = 4
     sparse_keys: int = 128  # keys of one step of the sparse forward and dQ kernels
     sparse_warps: int = 4
+    sparse_stages: int = 2
     dq_keys: int = 128
     dq_warps: int = 4
+    dq_stages: int = 2
     dkv_rows: int = 64  # query-head rows of one step of the sparse dK/dV kernel
     dkv_warps: int = 2
     dkv_stages: int = 3

@@ -308,18 +308,20 @@ def forward(q, k, v, scale: float, dense: Dense, config) -> tuple[Tensor, Tensor
     return o, lse
 
 
-def backward(q, k, v, o, lse, do, scale: float, dense: Dense, config, delta=None) -> tuple[Tensor, Tensor, Tensor]:
+def backward_q(q, k, v, lse, do, delta, scale: float, dense: Dense, config) -> Tensor:
     batch, n_q, h_q, dim = q.shape
-    n_k, h_kv = k.shape[1:3]
-    if delta is None:
-        delta = row_delta(o, do, config.gate_rows)
     dq = torch.empty_like(q)
-    common = (dense.n, n_q, n_k, scale, scale * LOG2E, h_q, h_kv, dim)
     rows, keys, warps, stages = config.dense_dq
     _backward_q[(triton.cdiv(n_q, rows), h_q, batch)](
-        q, k, v, dense.key_start, dense.doc_starts, dense.query_index, do, lse, delta, dq, *common, rows, keys,
-        **dense.flags(), num_warps=warps, num_stages=stages,
+        q, k, v, dense.key_start, dense.doc_starts, dense.query_index, do, lse, delta, dq, dense.n, n_q, k.shape[1],
+        scale, scale * LOG2E, h_q, k.shape[2], dim, rows, keys, **dense.flags(), num_warps=warps, num_stages=stages,
     )  # fmt: skip
+    return dq
+
+
+def backward_kv(q, k, v, lse, do, delta, scale: float, dense: Dense, config) -> tuple[Tensor, Tensor]:
+    batch, n_q, h_q, dim = q.shape
+    n_k, h_kv = k.shape[1:3]
     group, splits = h_q // h_kv, 1
     while splits < 4 and group % (2 * splits) == 0:
         splits *= 2
@@ -328,7 +330,14 @@ def backward(q, k, v, o, lse, do, scale: float, dense: Dense, config, delta=None
     ends = None if dense.doc_starts is None else document_ends(dense.doc_starts)
     rows, keys, warps, stages = config.dense_dkv
     _backward_kv[(triton.cdiv(n_k, keys), h_kv * splits, batch)](
-        q, k, v, dense.key_start, dense.doc_starts, ends, dense.query_index, do, lse, delta, dk, dv, *common, splits,
-        rows, keys, **dense.flags(), num_warps=warps, num_stages=stages,
+        q, k, v, dense.key_start, dense.doc_starts, ends, dense.query_index, do, lse, delta, dk, dv, dense.n, n_q, n_k,
+        scale, scale * LOG2E, h_q, h_kv, dim, splits, rows, keys, **dense.flags(), num_warps=warps, num_stages=stages,
     )  # fmt: skip
-    return dq, *(x[0] if splits == 1 else x.sum(0).to(k.dtype) for x in (dk, dv))
+    return tuple(x[0] if splits == 1 else x.sum(0).to(k.dtype) for x in (dk, dv))
+
+
+def backward(q, k, v, o, lse, do, scale: float, dense: Dense, config, delta=None) -> tuple[Tensor, Tensor, Tensor]:
+    if delta is None:
+        delta = row_delta(o, do, config.gate_rows)
+    dq = backward_q(q, k, v, lse, do, delta, scale, dense, config)
+    return dq, *backward_kv(q, k, v, lse, do, delta, scale, dense, config)

@@ -36,6 +36,7 @@ def _forward(
     q_ptr, k_ptr, v_ptr, blocks_ptr, doc_ptr, index_ptr, o_ptr, lse_ptr,
     n, n_q, scale_log2, h_q: tl.constexpr, h_kv: tl.constexpr, SIZE: tl.constexpr, COUNT: tl.constexpr,
     D: tl.constexpr, GROUP_P: tl.constexpr, KEYS: tl.constexpr, HAS_DOCS: tl.constexpr, HAS_INDEX: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     row, h, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     group: tl.constexpr = h_q // h_kv
@@ -47,7 +48,7 @@ def _forward(
     top = tl.full([GROUP_P], -float("inf"), tl.float32)
     total = tl.zeros([GROUP_P], tl.float32)
     acc = tl.zeros([GROUP_P, D], tl.float32)
-    for first in range(0, COUNT * SIZE, KEYS):
+    for first in tl.range(0, COUNT * SIZE, KEYS, num_stages=STAGES):
         key, seen = _keys_of(blocks_ptr, place, first, s, t, SIZE, COUNT, KEYS)
         at = ((b * n + key) * h_kv + h) * D
         k_t = tl.load(k_ptr + at[None, :] + dim[:, None], mask=seen[None, :], other=0.0)
@@ -72,7 +73,7 @@ def _backward_q(
     q_ptr, k_ptr, v_ptr, blocks_ptr, doc_ptr, index_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr,
     n, n_q, scale, scale_log2, h_q: tl.constexpr, h_kv: tl.constexpr, SIZE: tl.constexpr, COUNT: tl.constexpr,
     D: tl.constexpr, GROUP_P: tl.constexpr, KEYS: tl.constexpr, HAS_DOCS: tl.constexpr, HAS_INDEX: tl.constexpr,
-    ADD: tl.constexpr,
+    ADD: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     row, h, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     group: tl.constexpr = h_q // h_kv
@@ -86,7 +87,7 @@ def _backward_q(
     delta = tl.load(delta_ptr + q_row, mask=real, other=0.0)
     place = ((b * n_q + row) * h_kv + h) * COUNT
     dq = tl.zeros([GROUP_P, D], tl.float32)
-    for first in range(0, COUNT * SIZE, KEYS):
+    for first in tl.range(0, COUNT * SIZE, KEYS, num_stages=STAGES):
         key, seen = _keys_of(blocks_ptr, place, first, s, t, SIZE, COUNT, KEYS)
         at = ((b * n + key) * h_kv + h) * D
         k = tl.load(k_ptr + at[:, None] + dim[None, :], mask=seen[:, None], other=0.0)
@@ -215,28 +216,49 @@ def forward(q, k, v, blocks, size: int, scale: float, doc_starts, query_index, c
     _forward[(n_q, h_kv, batch)](
         q, k, v, blocks, doc_starts, query_index, o, lse, n, n_q, scale * LOG2E, h_q, h_kv, size, blocks.shape[3], dim,
         max(16, triton.next_power_of_2(h_q // h_kv)), max(16, config.sparse_keys),
-        HAS_DOCS=doc_starts is not None, HAS_INDEX=query_index is not None, num_warps=config.sparse_warps,
+        HAS_DOCS=doc_starts is not None, HAS_INDEX=query_index is not None,
+        STAGES=config.sparse_stages, num_warps=config.sparse_warps,
     )  # fmt: skip
     return o, lse
+
+
+def backward_q(q, k, v, blocks, lse, do, delta, size: int, scale: float, doc_starts, query_index, config, dq=None):
+    """dq [B, Nq, Hq, D]; added to the one given."""
+    batch, n_q, h_q, dim = q.shape
+    n, h_kv, add = k.shape[1], k.shape[2], dq is not None
+    dq = dq if add else torch.empty_like(q)
+    _backward_q[(n_q, h_kv, batch)](
+        q, k, v, blocks, doc_starts, query_index, do, lse, delta, dq, n, n_q, scale, scale * LOG2E, h_q, h_kv, size,
+        blocks.shape[3], dim, max(16, triton.next_power_of_2(h_q // h_kv)), max(16, config.dq_keys),
+        HAS_DOCS=doc_starts is not None, HAS_INDEX=query_index is not None, ADD=add,
+        STAGES=config.dq_stages, num_warps=config.dq_warps,
+    )  # fmt: skip
+    return dq
+
+
+def backward_kv(q, k, v, index, lse, do, delta, size: int, count: int, scale: float, query_index, config, dkv=None):
+    """dk, dv [B, N, Hkv, D]; added to the pair given. `index`: what `inverse_index` returned."""
+    batch, n_q, h_q, dim = q.shape
+    n, h_kv, add = k.shape[1], k.shape[2], dkv is not None
+    dk, dv = dkv if add else (torch.empty_like(k), torch.empty_like(v))
+    order, offsets, block_start, total, ids = index
+    group_p = triton.next_power_of_2(h_q // h_kv)
+    _backward_kv[(slot_count(n, size), h_kv, batch)](
+        q, k, v, order, offsets, block_start, total, query_index, do, lse, delta, dk, dv,
+        n, n_q, ids, scale, scale * LOG2E, h_q, h_kv, size, count, dim, max(16, triton.next_power_of_2(size)), group_p,
+        max(config.dkv_rows, group_p), HAS_DOCS=total is not None, HAS_INDEX=query_index is not None, ADD=add,
+        STAGES=config.dkv_stages, num_warps=config.dkv_warps,
+    )  # fmt: skip
+    return dk, dv
 
 
 def backward(
     q, k, v, blocks, lse, do, delta, size: int, scale: float, doc_starts, query_index, config, add_to=None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv; added in place to the gradients in `add_to` when given."""
-    batch, n_q, h_q, dim = q.shape
-    n, h_kv, count = k.shape[1], k.shape[2], blocks.shape[3]
-    dq, dk, dv = add_to if add_to is not None else (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v))
-    flags = {"HAS_DOCS": doc_starts is not None, "HAS_INDEX": query_index is not None, "ADD": add_to is not None}
-    group_p = triton.next_power_of_2(h_q // h_kv)
-    _backward_q[(n_q, h_kv, batch)](
-        q, k, v, blocks, doc_starts, query_index, do, lse, delta, dq, n, n_q, scale, scale * LOG2E, h_q, h_kv, size,
-        count, dim, max(16, group_p), max(16, config.dq_keys), **flags, num_warps=config.dq_warps,
-    )  # fmt: skip
-    order, offsets, block_start, total, ids = inverse_index(blocks, n, size, doc_starts, query_index)
-    _backward_kv[(slot_count(n, size), h_kv, batch)](
-        q, k, v, order, offsets, block_start, total, query_index, do, lse, delta, dk, dv,
-        n, n_q, ids, scale, scale * LOG2E, h_q, h_kv, size, count, dim, max(16, triton.next_power_of_2(size)), group_p,
-        max(config.dkv_rows, group_p), **flags, STAGES=config.dkv_stages, num_warps=config.dkv_warps,
-    )  # fmt: skip
-    return dq, dk, dv
+    dq, dk, dv = add_to or (None, None, None)
+    dq = backward_q(q, k, v, blocks, lse, do, delta, size, scale, doc_starts, query_index, config, dq)
+    index = inverse_index(blocks, k.shape[1], size, doc_starts, query_index)
+    pair = None if dk is None else (dk, dv)
+    count = blocks.shape[3]
+    return dq, *backward_kv(q, k, v, index, lse, do, delta, size, count, scale, query_index, config, pair)
