@@ -45,3 +45,12 @@ def test_every_error_carries_its_problem_and_its_remedy():
     shard = pipelines.ShardError("a/b.mds", "missing")
     assert shard.shard == "a/b.mds"
     assert str(shard).startswith("shard a/b.mds: missing\n  remedy: ")
+
+
+def test_the_readmes_example_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    example = (FOLDER / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    names: dict = {}
+    exec(example, names)
+    assert names["tokens"].shape == names["doc_starts"].shape == (4, 1024)
+    assert (str(names["tokens"].dtype), str(names["doc_starts"].dtype)) == ("torch.int64", "torch.int32")
