@@ -28,7 +28,7 @@ class DatasetError(DataError):
     """A prepared dataset folder is absent, incomplete, in the way, or asked for more than it holds."""
 
 
-class DatasetMismatch(DatasetError):  # noqa: N818 (the name says what happened)
+class DatasetMismatch(DatasetError):
     """Dataset and recipe, or dataset and saved position, do not belong together; names both values."""
 
 
