@@ -1,0 +1,85 @@
+"""The Triton kernels on a machine without a GPU: small shapes under Triton's interpreter, against the PyTorch backend.
+
+The interpreter must be chosen before triton is imported, so one test runs this file again in a process of its own.
+bf16 is left to the GPU: the interpreter's bf16 products are wrong.
+"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+INSIDE = os.environ.get("TRITON_INTERPRET") == "1"
+
+if not INSIDE:
+
+    def test_kernels_under_the_interpreter():
+        environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+        assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+
+else:
+    import torch
+
+    import kernels
+    from kernels import BlockSpec
+
+    from .support import assert_close, documents, inputs, outputs_and_gradients, places
+
+    # n, Hq, Hkv, D, block_size, block_count, mean document length (0 = none), query rows (0 = all)
+    CASES = [
+        (1, 1, 1, 16, 16, 2, 0, 0),
+        (35, 2, 1, 16, 8, 2, 0, 0),
+        (33, 4, 4, 16, 4, 3, 14, 0),
+        (40, 3, 1, 20, 8, 3, 0, 17),
+        (21, 2, 2, 32, 4, 3, 9, 11),
+    ]
+
+    def build(case):
+        n, h_q, h_kv, dim, size, count, mean_length, rows = case
+        leaves, upstream = inputs(1, n, h_q, h_kv, dim, n_q=rows or None)
+        docs = documents(1, n, mean_length) if mean_length else None
+        index = places(n, rows) if rows else None
+        return leaves, upstream, BlockSpec(size, count), {"doc_starts": docs, "query_index": index}
+
+    def agree(function, *arguments, upstream, leaves, **options):
+        ours, theirs = (
+            outputs_and_gradients(function(*arguments, **options, backend=b), upstream, leaves)
+            for b in ("triton", "torch")
+        )
+        assert_close(ours, theirs, 1e-5, function.__name__)
+
+    @pytest.mark.parametrize("case", CASES, ids=str)
+    def test_selection(case):
+        leaves, _, spec, options = build(case)
+        ours, theirs = (kernels.select_blocks(*leaves[:2], spec, **options, backend=b) for b in ("triton", "torch"))
+        assert torch.equal(ours, theirs)
+
+    @pytest.mark.parametrize("case", CASES, ids=str)
+    def test_dense_streams(case):
+        leaves, upstream, spec, options = build(case)
+        known = {"upstream": upstream, "leaves": leaves[:3], **options}
+        agree(kernels.full_attention, *leaves[:3], **known)
+        agree(kernels.window_attention, *leaves[:3], 9, **known)
+        agree(kernels.compressed_attention, *leaves[:3], spec, **known)
+
+    @pytest.mark.parametrize("case", CASES, ids=str)
+    def test_both_streams_gated(case):
+        leaves, upstream, spec, options = build(case)
+        trunk = "full" if case[0] % 2 else "sparse"
+        agree(kernels.ssa_attention, *leaves, spec, trunk=trunk, upstream=upstream, leaves=leaves, **options)
+
+    def test_sparse_stream_alone():
+        leaves, upstream, spec, options = build(CASES[2])
+        agree(kernels.sparse_attention, *leaves[:3], spec, upstream=upstream, leaves=leaves[:3], **options)
+
+    def test_authors_selection():
+        (q, k, _, _), _ = inputs(1, 700, 1, 1, 16, grad=False)
+        index = torch.arange(300, 700, 40, dtype=torch.int32)
+        ours, theirs = (
+            kernels.select_blocks(q[:, index], k, BlockSpec(topk="authors"), query_index=index, backend=b)
+            for b in ("triton", "torch")
+        )
+        assert torch.equal(ours, theirs)
