@@ -115,15 +115,23 @@ def load_dataset_info(path: str | Path) -> DatasetInfo:
 
 
 def check_compatible(info: DatasetInfo, *, tokenizer_fingerprint: str, vocab_size: int, row_length: int) -> None:
-    """Raises DatasetMismatch, with both values, unless the dataset was made for this tokenizer and row length."""
-    expected = {"tokenizer_fingerprint": tokenizer_fingerprint, "vocab_size": vocab_size, "row_length": row_length}
-    for field, wanted in expected.items():
+    """Raises DatasetMismatch, with both values, unless a model can train on this dataset.
+
+    tokenizer_fingerprint and row_length must be the dataset's; `vocab_size`, the rows of the model's embedding, may be
+    larger than its tokenizer, never smaller.
+    """
+    remedy = "prepare the dataset with this recipe's tokenizer and row length, or name the dataset that fits"
+    for field, wanted in {"tokenizer_fingerprint": tokenizer_fingerprint, "row_length": row_length}.items():
         found = getattr(info, field)
         if found != wanted:
             raise DatasetMismatch(
-                f"{info.path}: {field} is {found} in the dataset, {wanted} in the recipe",
-                remedy="prepare the dataset with this recipe's tokenizer and row length, or name the dataset that fits",
+                f"{info.path}: {field} is {found} in the dataset, {wanted} in the recipe", remedy=remedy
             )
+    if info.vocab_size > vocab_size:
+        raise DatasetMismatch(
+            f"{info.path}: vocab_size is {info.vocab_size} in the dataset's tokenizer, only {vocab_size} in the recipe's model",
+            remedy="raise model.vocab_size, or train a smaller tokenizer",
+        )
 
 
 def stats(path: str | Path) -> dict:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ssa_megatron.config import Recipe
 from ssa_megatron.model.attention import SSACoreAttention, SSASelfAttention
-from ssa_megatron.model.names import Block, named_parameters, padded_vocab_size
+from ssa_megatron.model.names import named_parameters, padded_vocab_size
 from ssa_megatron.model.norm import RMSNorm
 from ssa_megatron.parallel.context import ParallelContext
 
@@ -140,13 +140,15 @@ def initialize_weights(model: SSAModel, recipe: Recipe, context: ParallelContext
             named.parameter.fill_(1.0)
             continue
         flat = named.parameter.zero_().view(-1)
+        drawn: dict[str, Tensor] = {}  # a fused parameter has several blocks of one tensor
         for block in named.blocks:
-            values = _initial_block(block, recipe.train.seed, recipe.model.init_std)
-            flat[block.start : block.start + block.numel].copy_(values.flatten())
+            if block.name not in drawn:
+                drawn[block.name] = _draw(block.name, block.global_shape, recipe.train.seed, recipe.model.init_std)
+            index = tuple(slice(o, o + n) for o, n in zip(block.offset, block.shape, strict=True))
+            flat[block.start : block.start + block.numel].copy_(drawn[block.name][index].flatten())
 
 
-def _initial_block(block: Block, seed: int, std: float) -> Tensor:
+def _draw(name: str, shape: tuple[int, ...], seed: int, std: float) -> Tensor:
     generator = torch.Generator()
-    generator.manual_seed(int.from_bytes(hashlib.sha256(f"{seed}/{block.name}".encode()).digest()[:7], "little"))
-    values = torch.empty(block.global_shape).normal_(0.0, std, generator=generator)
-    return values[tuple(slice(o, o + s) for o, s in zip(block.offset, block.shape, strict=True))]
+    generator.manual_seed(int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:7], "little"))
+    return torch.empty(shape).normal_(0.0, std, generator=generator)

@@ -6,6 +6,7 @@ arithmetic.
 """
 
 import os
+import resource
 
 import torch
 
@@ -27,6 +28,13 @@ def backend() -> str:
         return "gloo"
     shared = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > torch.cuda.device_count()
     return "gloo" if shared else "nccl"
+
+
+def peak_memory() -> int:
+    """Bytes this process has used at most: of its GPU's memory, or of the machine's."""
+    if available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def adapt() -> None:

@@ -17,6 +17,7 @@ from ssa_megatron.config import Recipe, digest
 from ssa_megatron.errors import EXIT_REQUEUE, CheckpointError, ConfigError, TrainingStopped
 from ssa_megatron.model.build import build_model
 from ssa_megatron.parallel import context as parallel
+from ssa_megatron.parallel import cpu
 from ssa_megatron.train.console import Console
 from ssa_megatron.train.evaluation import evaluate
 from ssa_megatron.train.metrics import Metrics
@@ -48,11 +49,6 @@ def train(recipe: Recipe, run: Path) -> int:
     if recipe.data.path is None:
         raise ConfigError("data.path is not given", remedy="data.path=FOLDER, a folder written by `ssa data prepare`")
     info = pipelines.load_dataset_info(recipe.data.path)
-    context = parallel.initialize(recipe)
-    console = Console(total_steps=recipe.train.steps, interval=recipe.logging.interval, enabled=context.is_writer)
-    console.phase(
-        f"{context.world} process(es) on {context.device.type}, tensor {context.tensor_size}, data {context.data_size}"
-    )
     tokenizer = pipelines.Tokenizer.load(Path(recipe.data.path) / "tokenizer.model")
     pipelines.check_compatible(
         info,
@@ -60,6 +56,10 @@ def train(recipe: Recipe, run: Path) -> int:
         vocab_size=recipe.model.vocab_size,
         row_length=recipe.train.sequence_length,
     )
+    context = parallel.initialize(recipe)
+    console = Console(total_steps=recipe.train.steps, interval=recipe.logging.interval, enabled=context.is_writer)
+    sizes = f"tensor {context.tensor_size}, data {context.data_size}"
+    console.phase(f"{context.world} process(es) on {context.device.type}, {sizes}")
     folder = claim(run, recipe, tokenizer.path, deepspeed_config(recipe, context.data_size), context)
     if recipe.train.deterministic:
         torch.use_deterministic_algorithms(True)
@@ -119,7 +119,11 @@ def train(recipe: Recipe, run: Path) -> int:
         if metrics is not None:
             metrics.close()
         rows.close()
-    console.phase(f"done: {recipe.train.steps} steps, {progress.tokens:,} tokens; run folder {run}")
+    parallel.finalize()
+    memory = cpu.peak_memory() / 2**30
+    console.phase(
+        f"done: {recipe.train.steps} steps, {progress.tokens:,} tokens, {memory:.2f} GiB at most; run folder {run}"
+    )
     return 0
 
 
@@ -134,7 +138,8 @@ def _one_step(model, optimizer, rows, recipe, context, progress: Progress, conso
     progress.skipped_in_a_row = 0 if result.applied else progress.skipped_in_a_row + 1
     values = {**asdict(result), "lr": lr, "tokens": progress.tokens, "skipped_steps": progress.skipped_steps}
     speed, seconds = console.step(progress.step, tokens, values)
-    return {**values, "tokens_per_second": round(speed, 1), "seconds": round(seconds, 4)}
+    measured = {"tokens_per_second": round(speed, 1), "seconds": round(seconds, 4), "peak_memory": cpu.peak_memory()}
+    return {**values, **measured}
 
 
 def _restore(run, recipe, fingerprint, optimizer, rows, context, console: Console) -> Progress:
