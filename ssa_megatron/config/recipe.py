@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -155,7 +156,8 @@ def _fields_at(location: tuple) -> list[str]:
     for part in location:
         field = model.model_fields.get(str(part))
         annotation = field.annotation if field else None
-        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+        choices = get_args(annotation) or (annotation,)  # an optional section is a union with None
+        model = next((c for c in choices if isinstance(c, type) and issubclass(c, BaseModel)), None)
+        if model is None:
             return []
-        model = annotation
     return sorted(model.model_fields)

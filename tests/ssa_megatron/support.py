@@ -1,0 +1,86 @@
+"""What several tests here share: a tiny recipe, its rows, and steps made with them."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ssa_megatron.config import Recipe, resolve
+
+TINY = {
+    "name": "tiny",
+    "model": {
+        "vocab_size": 53,
+        "hidden_size": 32,
+        "num_layers": 2,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "head_dim": 8,
+        "ffn_size": 48,
+        "max_sequence_length": 64,
+        "rope_theta": 1000.0,
+    },
+    "attention": {"kind": "ssa", "block_size": 4, "block_count": 3, "window": 9},
+    "train": {
+        "steps": 20,
+        "sequence_length": 33,
+        "global_batch_rows": 4,
+        "micro_batch_rows": 1,
+        "precision": "fp32",
+    },
+}
+
+
+def tiny(**overrides) -> Recipe:
+    """The tiny recipe; overrides as `train__steps=3`."""
+    values = {name: dict(part) if isinstance(part, dict) else part for name, part in TINY.items()}
+    for key, value in overrides.items():
+        section, _, field = key.partition("__")
+        if field:
+            values.setdefault(section, {})[field] = value
+        else:
+            values[section] = value
+    return resolve(values, origin="test")
+
+
+@dataclass
+class Rows:
+    tokens: Tensor
+    doc_starts: Tensor
+
+
+def global_batch(recipe: Recipe, step: int) -> list[Rows]:
+    """The micro-batches of a step in global order: packed rows of two documents, the same on every rank and topology."""
+    generator = torch.Generator().manual_seed(1000 + step)
+    train = recipe.train
+    tokens = torch.randint(
+        0, recipe.model.vocab_size, (train.global_batch_rows, train.sequence_length), generator=generator
+    )
+    starts = torch.zeros(tokens.shape, dtype=torch.int32)
+    starts[::2, train.sequence_length // 3 :] = train.sequence_length // 3
+    size = train.micro_batch_rows
+    return [Rows(tokens[at : at + size], starts[at : at + size]) for at in range(0, len(tokens), size)]
+
+
+def own_rows(recipe: Recipe, context, step: int):
+    """This data-parallel rank's micro-batches of a step, as TrainStream deals them."""
+    return iter(global_batch(recipe, step)[context.data_rank :: context.data_size])
+
+
+def take_steps(model, optimizer, recipe: Recipe, context, first: int, last: int) -> list:
+    """Steps `first` up to, not including, `last`."""
+    from ssa_megatron.train.step import train_step
+
+    return [
+        train_step(model, optimizer, own_rows(recipe, context, step), recipe, context, step=step, lr=1e-3)
+        for step in range(first, last)
+    ]
+
+
+def build(recipe: Recipe, context):
+    """(model, optimizer) with the recipe's initial weights."""
+    from ssa_megatron.model.build import build_model
+    from ssa_megatron.zero.optimizer import ShardedOptimizer
+
+    model = build_model(recipe, context)
+    return model, ShardedOptimizer(model, recipe, context)
