@@ -1,5 +1,6 @@
 """The trunk draw is a pure function: known values, fair shares, and nothing of the process in it."""
 
+import itertools
 import random
 import subprocess
 import sys
@@ -69,5 +70,5 @@ def test_seed_step_and_micro_batch_each_change_the_draws():
 
 def test_neighbouring_draws_are_independent():
     found = [trunk == "sparse" for trunk in draws(11, 10_000)]
-    equal = sum(a == b for a, b in zip(found, found[1:], strict=False))
+    equal = sum(a == b for a, b in itertools.pairwise(found))
     assert abs(equal / 9_999 - 0.5) < 0.02

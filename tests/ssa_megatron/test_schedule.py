@@ -1,5 +1,6 @@
 """The learning rate: its shape, its end points, and that it needs nothing but a count."""
 
+import itertools
 import math
 
 import pytest
@@ -29,7 +30,7 @@ def test_cosine_falls_from_the_peak_to_the_floor_through_their_middle():
     assert found[500] == pytest.approx(PEAK * 0.55)
     assert found[250] == pytest.approx(PEAK * (0.1 + 0.9 * (1 + math.sqrt(0.5)) / 2))
     assert PEAK * 0.1 < found[-1] < PEAK * 0.1001
-    assert all(a > b for a, b in zip(found, found[1:], strict=False))
+    assert all(a > b for a, b in itertools.pairwise(found))
 
 
 def test_cosine_to_zero_still_moves_at_its_last_step():

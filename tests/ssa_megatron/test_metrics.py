@@ -1,0 +1,94 @@
+"""metrics.jsonl: the same bits after reading, each step once, whatever a kill left."""
+
+import json
+import math
+import struct
+
+import pytest
+import torch
+
+from ssa_megatron.train.metrics import Metrics, read_metrics
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "metrics.jsonl"
+
+
+def write(path, steps, *, resume_step=0, **values):
+    metrics = Metrics(path, resume_step=resume_step, tensorboard=None)
+    for step in steps:
+        metrics.write(step, {"loss": 1.0 / step, **values})
+    metrics.close()
+
+
+def steps(path) -> list[int]:
+    return [line["step"] for line in read_metrics(path)]
+
+
+def test_floats_read_back_to_the_same_bits(path):
+    generator = torch.Generator().manual_seed(1)
+    bits = torch.randint(-(2**63), 2**63 - 1, (500,), generator=generator, dtype=torch.int64)
+    values = [x for x in (struct.unpack("<d", struct.pack("<q", b))[0] for b in bits.tolist()) if not math.isnan(x)]
+    values += [0.1, -0.0, 5e-324, 1.7976931348623157e308, math.inf, -math.inf, float(torch.tensor(0.1))]
+    metrics = Metrics(path, resume_step=0, tensorboard=None)
+    for step, value in enumerate(values, 1):
+        metrics.write(step, {"loss": value})
+    metrics.close()
+    assert [line["loss"].hex() for line in read_metrics(path)] == [value.hex() for value in values]
+
+
+def test_a_loss_that_is_no_number_stays_one(path):
+    write(path, [1], align=math.nan)
+    assert math.isnan(read_metrics(path)[0]["align"])
+
+
+def test_a_line_is_in_the_file_as_soon_as_its_step_is_over(path):
+    metrics = Metrics(path, resume_step=0, tensorboard=None)
+    metrics.write(1, {"loss": 2.5})
+    assert read_metrics(path) == [{"step": 1, "loss": 2.5}]
+    metrics.close()
+
+
+def test_a_resume_drops_the_steps_that_will_run_again_and_no_other(path):
+    write(path, range(1, 8))
+    before = path.read_text().splitlines()[:4]
+    write(path, range(5, 10), resume_step=4)
+    assert steps(path) == list(range(1, 10))
+    assert path.read_text().splitlines()[:4] == before
+
+
+@pytest.mark.parametrize("torn", ['{"step": 6, "lo', "{", '{"step": 6, "loss": 0.5', ""])
+def test_a_line_torn_by_a_kill_is_dropped_and_its_step_written_whole(path, torn):
+    write(path, range(1, 6))
+    with path.open("a") as file:
+        file.write(torn)
+    assert steps(path) == [1, 2, 3, 4, 5]
+    write(path, [6, 7], resume_step=5)
+    assert steps(path) == [1, 2, 3, 4, 5, 6, 7]
+    assert all(json.loads(line) for line in path.read_text().splitlines())
+
+
+def test_a_start_from_scratch_leaves_no_line_of_an_earlier_attempt(path):
+    write(path, [1, 2, 3])
+    write(path, [1, 2])
+    assert steps(path) == [1, 2]
+
+
+def test_opening_leaves_no_temporary_file(path):
+    write(path, [1])
+    write(path, [2], resume_step=1)
+    assert [entry.name for entry in path.parent.iterdir()] == [path.name]
+
+
+def test_tensorboard_gets_the_numbers_and_not_the_text(path, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = tmp_path / "board"
+    metrics = Metrics(path, resume_step=0, tensorboard=board)
+    metrics.write(1, {"loss": 2.5, "note": "text"})
+    metrics.write(2, {"loss": 2.25, "note": "text"})
+    metrics.close()
+    events = EventAccumulator(str(board)).Reload()
+    assert events.Tags()["scalars"] == ["loss"]
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 2.5), (2, 2.25)]
