@@ -194,7 +194,10 @@ def _bare(folder: Path, data: Path, recipe: Recipe) -> dict:
         "folder": str(folder),
         "documents": documents,
         "perplexity": [{"mode": "full"}, *({"mode": "sparse", "block_count": count} for _, count in budgets)],
-        "generate": [{"prompts": list(PROMPTS), "mode": mode, "max_new_tokens": 48} for mode in ("full", "sparse")],
+        "generate": [
+            {"prompts": list(PROMPTS), "mode": mode, "max_new_tokens": 48, "temperature": 0.7, "seed": 1}
+            for mode in ("full", "sparse")
+        ],
     }
     answer = run_isolated(job)
     names = [None, *(name for name, _ in budgets)]

@@ -1,0 +1,44 @@
+# One way in for each job. `make` alone lists them.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export OMP_NUM_THREADS ?= 1
+export TORCH_COMPILE_DISABLE ?= 1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-slow test-gpu lint format clean
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+
+setup: $(VENV)/.ready  ## make .venv from requirements.txt and check that everything imports
+
+$(VENV)/.ready: requirements.txt pyproject.toml pipelines/compat/torchvision_guard.py
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if v in ((3, 11), (3, 12)) else f"Python 3.11 or 3.12 is needed, $(PYTHON) is {v[0]}.{v[1]}: make setup PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --requirement requirements.txt
+	$(BIN)/python -W ignore -c 'import torch, streaming, transformers, deepspeed, megatron.core, sentencepiece; v = torch.__version__; assert v.startswith("2.13.0"), f"torch is {v}, not 2.13.0: something replaced it"'
+	@touch $@
+
+demo: setup  ## the whole arc in a few minutes: text to a Hugging Face model, with a kill and a resume
+	$(BIN)/python -m ssa_megatron demo
+
+test: setup  ## every test that needs neither a GPU nor more than a minute
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-slow: setup  ## the long ones
+	$(BIN)/python -m pytest -m slow
+
+test-gpu:  ## the tests that need a CUDA device, in the current environment
+	$(PYTHON) -m pytest -m gpu tests/gpu
+
+lint: setup  ## formatter and linter, as in CI
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+format: setup  ## apply them
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:  ## remove what the targets above made, .venv included
+	rm -rf $(VENV) runs .pytest_cache .ruff_cache
