@@ -202,9 +202,8 @@ def main() -> None:
     """Run a verb; exit codes: 0 done, 75 start me again, others as in errors.py."""
     _quiet_libraries()
     try:
-        app(standalone_mode=False)
-    except typer.Exit as end:
-        sys.exit(end.exit_code)
+        code = app(standalone_mode=False)  # so called, it returns the code of typer.Exit instead of raising it
+        sys.exit(code or 0)
     except typer.Abort:
         sys.exit(130)
     except DataError as error:

@@ -1,11 +1,12 @@
 """What several tests here share: a tiny recipe, its rows, and steps made with them."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ssa_megatron.config import Recipe, resolve
+from ssa_megatron.config import Recipe, dump_recipe, resolve
 
 TINY = {
     "name": "tiny",
@@ -84,3 +85,12 @@ def build(recipe: Recipe, context):
 
     model = build_model(recipe, context)
     return model, ShardedOptimizer(model, recipe, context)
+
+
+def recipe_file(folder: Path, dataset: Path | None, **overrides) -> Path:
+    """A recipe for the command line: three steps on the small dataset, a checkpoint after each."""
+    values = {"checkpoint__interval": 1, "logging__tensorboard": False, "model__vocab_size": 400, "train__steps": 3}
+    recipe = tiny(**{**values, "data__path": dataset and str(dataset), **overrides})
+    path = folder / "recipe.yaml"
+    path.write_text(dump_recipe(recipe))
+    return path
