@@ -35,8 +35,14 @@ class RunFolder:
 
     def lock(self) -> None:
         """Take ownership, or raise RunFolderError naming the owner."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        handle = (self.path / "owner.lock").open("a+")
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            handle = (self.path / "owner.lock").open("a+")
+        except OSError as error:
+            raise RunFolderError(
+                f"run folder {self.path} cannot be made or written: {error.strerror}",
+                remedy="give another folder with --run-folder",
+            ) from None
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

@@ -77,13 +77,25 @@ def check(tmp_path: Path, dataset: Path, kills: tuple[int, ...], overrides: tupl
 
 
 def test_a_run_killed_twice_continues_bit_for_bit(tmp_path, dataset):
-    small = ("train.steps=14", "checkpoint.interval=4", "train.eval_interval=5", "train.eval_rows=4", "model.num_layers=2")
+    small = (
+        "train.steps=14",
+        "checkpoint.interval=4",
+        "train.eval_interval=5",
+        "train.eval_rows=4",
+        "model.num_layers=2",
+    )
     check(tmp_path, dataset, kills=(5, 10), overrides=small)
 
 
 def test_the_mode_sequence_after_a_resume_is_that_of_the_whole_run(tmp_path, dataset):
     """Tensor parallel, so that both ranks of a replica must draw alike; the share of sparse trunks is in every line."""
-    small = ("train.steps=8", "checkpoint.interval=3", "train.eval_interval=0", "model.num_layers=2", "parallel.tensor=2")
+    small = (
+        "train.steps=8",
+        "checkpoint.interval=3",
+        "train.eval_interval=0",
+        "model.num_layers=2",
+        "parallel.tensor=2",
+    )
     check(tmp_path, dataset, kills=(4,), overrides=small)
 
 

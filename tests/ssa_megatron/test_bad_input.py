@@ -1,0 +1,251 @@
+"""Bad input on the command line: its own exit code, the field or file at fault, what to do, and nothing half-written."""
+
+import json
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+import pipelines
+from ssa_megatron.train.metrics import read_metrics
+from ssa_megatron.train.run_folder import RunFolder
+from ssa_megatron.train.schedule import learning_rate
+from tests.launch import run
+from tests.ssa_megatron.support import recipe_file, tiny
+
+CONFIG, DATA, CHECKPOINT, RUN_FOLDER, STOPPED = 2, 3, 4, 5, 6
+
+
+@dataclass
+class Place:
+    """What the cases work on; `new` is a path that must not exist afterwards."""
+
+    root: Path
+    dataset: Path
+    recipe: Path = None
+    new: Path = None
+    trained: Path = None
+    copies: dict[str, Path] = field(default_factory=dict)
+
+    def trained_copy(self, name: str) -> Path:
+        self.copies[name] = Path(shutil.copytree(self.trained, self.root / name))
+        return self.copies[name]
+
+    def dataset_copy(self, name: str) -> Path:
+        self.copies[name] = Path(shutil.copytree(self.dataset, self.root / name))
+        return self.copies[name]
+
+    def train(self, *overrides: str, into: Path | None = None) -> list[str]:
+        return ["train", str(self.recipe), *overrides, "--run-folder", str(into or self.new)]
+
+
+def _flip_last_byte(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+def _dataset_with_another_tokenizer(place: Place) -> list[str]:
+    copy = place.dataset_copy("mixed")
+    shutil.copyfile(place.copies["other"] / "tokenizer.model", copy / "tokenizer.model")
+    return place.train(f"data.path={copy}")
+
+
+def _edited_dataset(place: Place) -> list[str]:
+    copy = place.dataset_copy("edited")
+    text = (copy / "dataset.json").read_text()
+    (copy / "dataset.json").write_text(text.replace('"row_length": 33', '"row_length": 34'))
+    return place.train(f"data.path={copy}")
+
+
+def _damaged_checkpoints(place: Place) -> list[str]:
+    copy = place.trained_copy("damaged")
+    for share in copy.glob("checkpoints/step-*/rank-*"):
+        _flip_last_byte(share)
+    return place.train(into=copy)
+
+
+def _empty_file(place: Place) -> str:
+    (place.root / "empty.txt").write_text("\n \n")
+    return str(place.root / "empty.txt")
+
+
+def _file(place: Place) -> Path:
+    (place.root / "a-file").write_text("not a folder")
+    return place.root / "a-file"
+
+
+def _prepare(place: Place, source: str, tokenizer: Path | None = None) -> list[str]:
+    tokenizer = tokenizer or place.dataset / "tokenizer.model"
+    return ["data", "prepare", source, "--tokenizer", str(tokenizer), "--out", str(place.new), "--row-length", "33"]
+
+
+def _tokenizer(place: Place, source: str, size: int = 400) -> list[str]:
+    return ["tokenizer", "train", source, "--out", str(place.new), "--vocab-size", str(size)]
+
+
+# case -> (exit code, command line, words its message must hold)
+CASES = {
+    "unknown recipe": (CONFIG, lambda p: ["train", "ssa1b"], ["'ssa1b' does not exist", "did you mean 'ssa-1b'?"]),
+    "recipe file missing": (CONFIG, lambda p: ["train", "no/such.yaml"], ["no/such.yaml", "check the path"]),
+    "mistyped key": (CONFIG, lambda p: p.train("train.stepps=3"), ["train.stepps: unknown key", "mean 'steps'?"]),
+    "impossible value": (CONFIG, lambda p: p.train("train.micro_batch_rows=3"), ["train.micro_batch_rows=3 must"]),
+    "illegal topology": (CONFIG, lambda p: p.train("parallel.tensor=2"), ["world size", "1 process(es)", "lower"]),
+    "no dataset given": (CONFIG, lambda p: p.train("data.path=null"), ["data.path is not given", "ssa data prepare"]),
+    "dataset missing": (
+        DATA,
+        lambda p: p.train(f"data.path={p.root}/nothing"),
+        ["nothing: not a prepared dataset", "prepare it first"],
+    ),
+    "dataset edited by hand": (DATA, _edited_dataset, ["dataset.json: altered since it was written", "prepare"]),
+    "tokenizer larger than the model's vocabulary": (
+        DATA,
+        lambda p: p.train("model.vocab_size=53"),
+        ["vocab_size is 400", "53", "raise model.vocab_size"],
+    ),
+    "shards made with another tokenizer": (
+        DATA,
+        _dataset_with_another_tokenizer,
+        ["tokenizer_fingerprint is", "prepare the dataset with this recipe's tokenizer"],
+    ),
+    "shards of another row length": (
+        DATA,
+        lambda p: p.train("train.sequence_length=32"),
+        ["row_length is 33 in the dataset, 32 in the recipe", "row length"],
+    ),
+    "run folder in use": (RUN_FOLDER, lambda p: p.train(into=p.copies["busy"]), ["busy is in use by process", "--run-folder"]),
+    "run folder is a file": (RUN_FOLDER, lambda p: p.train(into=_file(p)), ["a-file cannot be made or written", "--run-folder"]),
+    "run folder of another recipe": (
+        RUN_FOLDER,
+        lambda p: p.train("train.seed=9", into=p.copies["untouched"]),
+        ["belongs to another recipe", "train.seed: 1234 -> 9", "--run-folder"],
+    ),
+    "every checkpoint damaged": (
+        CHECKPOINT,
+        _damaged_checkpoints,
+        ["no checkpoint of this run is intact", "step-00000003", "rank-00000.safetensors", "sha256", "restore"],
+    ),
+    "run continued with data of another tokenizer": (
+        CHECKPOINT,
+        lambda p: p.train(f"data.path={p.copies['other']}", into=p.trained_copy("foreign tokenizer")),
+        ["was trained with tokenizer", "give the data the run was started with"],
+    ),
+    "run continued with other data": (
+        DATA,
+        lambda p: p.train(f"data.path={p.copies['other text']}", into=p.trained_copy("foreign data")),
+        ["saved position: dataset is", "start a new run"],
+    ),
+    "training that explodes": (
+        STOPPED,
+        lambda p: p.train("optimizer.lr=1e37", "train.steps=9", "schedule.warmup_fraction=0", into=p.copies["exploded"]),
+        ["3 steps in a row had a non-finite loss or gradient", "of the stream", "learning rate"],
+    ),
+    "corpus missing": (DATA, lambda p: _prepare(p, f"{p.root}/no-text.txt"), ["no-text.txt", "remedy"]),
+    "corpus empty": (DATA, lambda p: _prepare(p, _empty_file(p)), ["empty.txt", "remedy"]),
+    "tokenizer missing": (DATA, lambda p: _prepare(p, _empty_file(p), p.root / "no.model"), ["no.model", "remedy"]),
+    "corpus of a tokenizer missing": (DATA, lambda p: _tokenizer(p, f"{p.root}/no-text.txt"), ["no-text.txt", "remedy"]),
+    "corpus of a tokenizer empty": (DATA, lambda p: _tokenizer(p, _empty_file(p)), ["empty.txt", "remedy"]),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def place(dataset, corpus, tokenizer, tmp_path_factory) -> Place:
+    place = Place(tmp_path_factory.mktemp("place"), dataset)
+    place.recipe = recipe_file(place.root, dataset)
+    place.new = place.root / "new"
+    place.trained = place.root / "trained"
+    other = pipelines.train_tokenizer(iter(corpus), place.root / "other.model", vocab_size=390)
+    for name, made_with, text in (("other", other, corpus), ("other text", tokenizer, corpus[:-1])):
+        place.copies[name] = place.root / name
+        pipelines.prepare(iter(text), made_with, place.copies[name], row_length=33, validation_fraction=0.1)
+    run(1, "ssa_megatron", *place.train(into=place.trained), timeout=90)
+    place.trained_copy("untouched")
+    place.trained_copy("fallback")
+    place.copies["exploded"] = place.root / "exploded"
+    return place
+
+
+@pytest.fixture(scope="module")
+def answers(place) -> dict[str, dict]:
+    """{case: {"code", "output"}}, all from one start of Python; see tests/workers/command_lines.py."""
+    lines = {case: line(place) for case, (_, line, _) in CASES.items() if case != "run folder in use"}
+    newest = place.copies["fallback"] / "checkpoints" / "step-00000003"
+    _flip_last_byte(newest / "rank-00000.safetensors")
+    lines["fallback"] = place.train(into=place.copies["fallback"])
+    owned = RunFolder(place.trained_copy("busy"))
+    owned.lock()
+    lines["run folder in use"] = CASES["run folder in use"][1](place)
+    (place.root / "cases.json").write_text(json.dumps(list(lines.values())))
+    run(1, "tests.workers.command_lines", str(place.root / "cases.json"), str(place.root / "out.json"), timeout=200)
+    return dict(zip(lines, json.loads((place.root / "out.json").read_text()), strict=True))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_bad_input_ends_with_its_exit_code_and_a_message_that_names_field_and_remedy(answers, case):
+    code, _, words = CASES[case]
+    answer = answers[case]
+    assert answer["code"] == code, answer["output"]
+    message = answer["output"][answer["output"].index("error: ") :]
+    for word in (*words, "remedy: "):
+        assert word in message
+    assert "Traceback" not in answer["output"]
+
+
+def test_nothing_is_written_where_the_output_would_have_gone(answers, place):
+    assert not place.new.exists()
+    beside = {path.name for path in place.root.iterdir()}
+    assert not [name for name in beside if name.startswith((".tmp", "new"))]
+
+
+def test_a_refused_run_folder_keeps_every_byte_of_its_run(answers, place):
+    def contents(folder: Path) -> dict[str, bytes]:
+        files = {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+        return {name: content for name, content in files.items() if name != "owner.lock"}
+
+    assert contents(place.copies["untouched"]) == contents(place.trained)
+    assert contents(place.copies["busy"]) == contents(place.trained)
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over_with_a_line_and_the_run_ends_as_it_would_have(answers, place):
+    answer = answers["fallback"]
+    assert answer["code"] == 0, answer["output"]
+    assert "checkpoint step-00000003 is not used: " in answer["output"]
+    assert "restored step-00000002" in answer["output"]
+    losses = [
+        [line["loss"].hex() for line in read_metrics(run / "metrics.jsonl")]
+        for run in (place.trained, place.copies["fallback"])
+    ]
+    assert len(losses[0]) == 3
+    assert losses[0] == losses[1]
+
+
+def test_skipped_steps_are_counted_and_do_not_advance_the_learning_rate(answers, place):
+    lines = read_metrics(place.copies["exploded"] / "metrics.jsonl")
+    recipe = tiny(optimizer__lr=1e37, train__steps=9, schedule__warmup_fraction=0.0)
+    applied = [line["applied"] for line in lines]
+    assert applied[0]
+    assert applied[-3:] == [False] * 3
+    assert [line["skipped_steps"] for line in lines] == [applied[: i + 1].count(False) for i in range(len(lines))]
+    assert [line["lr"] for line in lines] == [learning_rate(recipe, applied[:i].count(True)) for i in range(len(lines))]
+    first, last = (lines[-1]["step"] - 1) * 4, lines[-1]["step"] * 4 - 1
+    assert (
+        f"the last is step {lines[-1]['step']}, rows {first}..{last} of the stream"
+        in answers["training that explodes"]["output"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("train", "demos"), "did you mean 'demo'?"),
+        (("train", "demo", "train.stepz=1"), "train.stepz: unknown key; did you mean 'steps'?"),
+        (("train", "demo", "train.steps=-1"), "train.steps: Input should be greater than or equal to 1 (got -1)"),
+        (("config", "demo", "optimizer.lr=.inf"), "optimizer.lr: Input should be a finite number (got inf)"),
+    ],
+)
+def test_python_m_ssa_megatron_ends_with_the_same_codes(arguments, says):
+    output = run(1, "ssa_megatron", *arguments, timeout=30, expect=CONFIG)
+    assert output.startswith("error: ")
+    assert says in output
+    assert "remedy: " in output
