@@ -64,7 +64,7 @@ def _vendor(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 class _Dense(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, scale: float, dense: Dense):
-        config = choose(q.shape[3])
+        config = choose(q)
         o, lse = triton_dense.forward(q, k, v, scale, dense, config)
         ctx.save_for_backward(q, k, v, o, lse)
         ctx.scale, ctx.dense, ctx.config = scale, dense, config
@@ -81,7 +81,7 @@ class _Dense(torch.autograd.Function):
 class _Sparse(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, blocks, size: int, scale: float, doc_starts, query_index):
-        config = choose(q.shape[3])
+        config = choose(q)
         o, lse = triton_sparse.forward(q, k, v, blocks, size, scale, doc_starts, query_index, config)
         ctx.save_for_backward(q, k, v, blocks, o, lse)
         ctx.rest = size, scale, doc_starts, query_index, config
@@ -104,7 +104,7 @@ class _SSA(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, gate, blocks, size: int, scale: float, trunk: str, count: int, doc_starts, query_index):
-        config = choose(q.shape[3])
+        config = choose(q)
         ctx.graph = None
         if _vendor_takes(q, doc_starts, query_index):
             full, lse_full = _with_graph(ctx, q, k, v, scale).contiguous(), None
@@ -154,7 +154,7 @@ def select_blocks(q, k, spec: BlockSpec, scale: float, doc_starts, query_index) 
     refuse(q, spec)
     with torch.no_grad():
         q, k = _padded(q), _padded(k)
-        return triton_routing.select_blocks(q, k, spec, scale, doc_starts, query_index, choose(q.shape[3]))
+        return triton_routing.select_blocks(q, k, spec, scale, doc_starts, query_index, choose(q))
 
 
 def full_attention(q, k, v, scale: float, doc_starts, query_index) -> Tensor:

@@ -6,6 +6,9 @@ It refuses nothing; unknown shapes get the general row.
 
 from typing import NamedTuple
 
+import torch
+from torch import Tensor
+
 
 class Config(NamedTuple):
     """Tiles of every kernel for one head dimension."""
@@ -16,13 +19,13 @@ class Config(NamedTuple):
     select_rows: int = 64
     select_tile: int = 64
     select_warps: int = 4
-    sparse_keys: int = 128  # keys of one step of the sparse forward and dQ kernels
-    sparse_warps: int = 4
+    sparse_keys: int = 64  # keys of one step of the sparse forward and dQ kernels
+    sparse_warps: int = 1
     sparse_stages: int = 2
-    dq_keys: int = 128
-    dq_warps: int = 4
+    dq_keys: int = 64
+    dq_warps: int = 1
     dq_stages: int = 2
-    dkv_rows: int = 64  # query-head rows of one step of the sparse dK/dV kernel
+    dkv_rows: int = 128  # query-head rows of one step of the sparse dK/dV kernel
     dkv_warps: int = 2
     dkv_stages: int = 3
     gate_rows: int = 64
@@ -32,15 +35,21 @@ class Config(NamedTuple):
     dense_dkv: tuple[int, int, int, int] = (64, 64, 4, 3)
 
 
+# Measured on one H100 80GB (bf16, shapes A and B of README.md). Spills decide at 128: one warp cannot hold the tiles.
 TABLE = {
     64: Config(),
     128: Config(
-        sparse_keys=64, dq_keys=64, dense_forward=(128, 64, 8, 3), dense_dq=(64, 64, 4, 2), dense_dkv=(64, 64, 8, 2)
+        sparse_keys=64, sparse_warps=2, dq_keys=32, dq_warps=2, dkv_rows=64, dkv_warps=4, dkv_stages=2,
+        dense_forward=(128, 64, 8, 3), dense_dq=(64, 64, 4, 2), dense_dkv=(64, 64, 8, 2),
     ),
-}
+}  # fmt: skip
+SMALL = (32, 32, 4, 2)
+GENERAL = Config(
+    stat_tile=32, select_rows=32, select_tile=32, sparse_keys=32, sparse_warps=2, dq_keys=32, dq_warps=2,
+    dkv_rows=32, dkv_stages=2, dense_forward=SMALL, dense_dq=SMALL, dense_dkv=SMALL,
+)  # fmt: skip
 
 
-def choose(head_dim: int) -> Config:
-    small = (32, 32, 4, 2)
-    general = Config(sparse_keys=32, dq_keys=32, dense_forward=small, dense_dq=small, dense_dkv=small)
-    return TABLE.get(head_dim, general)
+def choose(q: Tensor) -> Config:
+    """By head dimension; fp32 (three tensor-core products each) and other sizes take small tiles that fit anything."""
+    return TABLE.get(q.shape[3], GENERAL) if q.dtype != torch.float32 else GENERAL

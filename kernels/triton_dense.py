@@ -83,7 +83,7 @@ def _forward_tiles(
             v = tl.load(v_ptr + v_at, mask=(key < n_k)[:, None], other=0.0)
         else:
             k_t, v = tl.load(k_ptr + k_at), tl.load(v_ptr + v_at)
-        score = tl.dot(q, k_t, input_precision="ieee") * scale_log2
+        score = tl.dot(q, k_t, input_precision="tf32x3") * scale_log2
         if MASKED:
             seen = _visible(key[None, :], key_start_ptr, b, n_k, t[:, None], s[:, None], WINDOW, POOLED)
             score = tl.where(seen, score, -float("inf"))
@@ -92,7 +92,7 @@ def _forward_tiles(
         shrink = tl.exp2(top - safe)
         weight = tl.exp2(score - safe[:, None])
         total = total * shrink + tl.sum(weight, 1)
-        acc = tl.dot(weight.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
+        acc = tl.dot(weight.to(v.dtype), v, acc * shrink[:, None], input_precision="tf32x3")
         top = higher
     return acc, top, total
 
@@ -151,13 +151,13 @@ def _dq_tiles(
             v_t = tl.load(v_ptr + at_t, mask=(key < n_k)[None, :], other=0.0)
         else:
             k, v_t = tl.load(k_ptr + at), tl.load(v_ptr + at_t)
-        score = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2
+        score = tl.dot(q, tl.trans(k), input_precision="tf32x3") * scale_log2
         weight = tl.exp2(score - lse[:, None])
         if MASKED:
             seen = _visible(key[None, :], key_start_ptr, b, n_k, t[:, None], s[:, None], WINDOW, POOLED)
             weight = tl.where(seen, weight, 0.0)
-        d_score = weight * (tl.dot(do, v_t, input_precision="ieee") - delta[:, None])
-        dq = tl.dot(d_score.to(k.dtype), k, dq, input_precision="ieee")
+        d_score = weight * (tl.dot(do, v_t, input_precision="tf32x3") - delta[:, None])
+        dq = tl.dot(d_score.to(k.dtype), k, dq, input_precision="tf32x3")
     return dq
 
 
@@ -217,15 +217,15 @@ def _dkv_tiles(
             q, do = tl.load(q_ptr + at), tl.load(do_ptr + at)
             lse = tl.load(lse_ptr + (b * n_q + rows) * h_q + h)
             delta = tl.load(delta_ptr + (b * n_q + rows) * h_q + h)
-        score = tl.dot(k, tl.trans(q), input_precision="ieee") * scale_log2
+        score = tl.dot(k, tl.trans(q), input_precision="tf32x3") * scale_log2
         weight = tl.exp2(score - lse[None, :])
         if MASKED:
             t, s = _places(doc_ptr, index_ptr, b, rows, n, n_q, HAS_DOCS, HAS_INDEX)
             seen = _visible(key[:, None], key_start_ptr, b, n_k, t[None, :], s[None, :], WINDOW, POOLED)
             weight = tl.where(seen & real[None, :], weight, 0.0)
-        dv = tl.dot(weight.to(do.dtype), do, dv, input_precision="ieee")
-        d_score = weight * (tl.dot(v, tl.trans(do), input_precision="ieee") - delta[None, :])
-        dk = tl.dot(d_score.to(q.dtype), q, dk, input_precision="ieee")
+        dv = tl.dot(weight.to(do.dtype), do, dv, input_precision="tf32x3")
+        d_score = weight * (tl.dot(v, tl.trans(do), input_precision="tf32x3") - delta[None, :])
+        dk = tl.dot(d_score.to(q.dtype), q, dk, input_precision="tf32x3")
     return dk, dv
 
 

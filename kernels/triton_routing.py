@@ -52,7 +52,7 @@ def _pooled_scores(q, high_ptr, low_ptr, base, slot, slots, scale_log2, D: tl.co
     """Scores [rows, tile] in log2 units; the low half restores the precision that selection needs."""
     at = base + slot[None, :].to(tl.int64) * D + tl.arange(0, D)[:, None]
     here = (slot < slots)[None, :]
-    score = tl.dot(q, tl.load(high_ptr + at, mask=here, other=0.0), input_precision="ieee")
+    score = tl.dot(q, tl.load(high_ptr + at, mask=here, other=0.0), input_precision="tf32x3")
     if SPLIT:
         score = tl.dot(q, tl.load(low_ptr + at, mask=here, other=0.0), score)
     return score * scale_log2

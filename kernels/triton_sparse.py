@@ -14,6 +14,9 @@ from torch import Tensor
 from .layout import slot_count
 from .triton_routing import LOG2E
 
+PARTS = 4  # programs that may share a block selected by many tokens (an attention sink is selected by all of them)
+SPAN = 512  # entries a program takes before another helps
+
 
 @triton.jit
 def _keys_of(blocks_ptr, place, first, s, t, SIZE: tl.constexpr, COUNT: tl.constexpr, KEYS: tl.constexpr):
@@ -53,14 +56,14 @@ def _forward(
         at = ((b * n + key) * h_kv + h) * D
         k_t = tl.load(k_ptr + at[None, :] + dim[:, None], mask=seen[None, :], other=0.0)
         v = tl.load(v_ptr + at[:, None] + dim[None, :], mask=seen[:, None], other=0.0)
-        score = tl.dot(q, k_t, input_precision="ieee") * scale_log2
+        score = tl.dot(q, k_t, input_precision="tf32x3") * scale_log2
         score = tl.where(seen[None, :], score, -float("inf"))
         higher = tl.maximum(top, tl.max(score, 1))
         safe = tl.where(higher == -float("inf"), 0.0, higher)
         shrink = tl.exp2(top - safe)
         weight = tl.exp2(score - safe[:, None])
         total = total * shrink + tl.sum(weight, 1)
-        acc = tl.dot(weight.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
+        acc = tl.dot(weight.to(v.dtype), v, acc * shrink[:, None], input_precision="tf32x3")
         top = higher
     lse = tl.where(total > 0, top + tl.log2(total), float("inf"))
     acc = acc / tl.where(total > 0, total, 1.0)[:, None]
@@ -92,10 +95,10 @@ def _backward_q(
         at = ((b * n + key) * h_kv + h) * D
         k = tl.load(k_ptr + at[:, None] + dim[None, :], mask=seen[:, None], other=0.0)
         v_t = tl.load(v_ptr + at[None, :] + dim[:, None], mask=seen[None, :], other=0.0)
-        score = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2
+        score = tl.dot(q, tl.trans(k), input_precision="tf32x3") * scale_log2
         weight = tl.where(seen[None, :], tl.exp2(score - lse[:, None]), 0.0)
-        d_score = weight * (tl.dot(do, v_t, input_precision="ieee") - delta[:, None])
-        dq = tl.dot(d_score.to(k.dtype), k, dq, input_precision="ieee")
+        d_score = weight * (tl.dot(do, v_t, input_precision="tf32x3") - delta[:, None])
+        dq = tl.dot(d_score.to(k.dtype), k, dq, input_precision="tf32x3")
     dq *= scale
     if ADD:
         dq += tl.load(dq_ptr + q_row[:, None] * D + dim[None, :], mask=real[:, None], other=0.0).to(tl.float32)
@@ -126,55 +129,106 @@ def _block_ids(
 
 
 @triton.jit
+def _block_place(block_start_ptr, b, block, last, n, SIZE: tl.constexpr, HAS_DOCS: tl.constexpr):
+    """First position and length of a block; a document's last block may be partial, and the next one follows it."""
+    if HAS_DOCS:
+        start = tl.load(block_start_ptr + b * n + block)
+        return start, tl.load(block_start_ptr + b * n + block + 1, mask=block + 1 < last, other=n) - start
+    return block * SIZE, tl.minimum(n - block * SIZE, SIZE)
+
+
+@triton.jit
+def _share(offset_ptr, segment, part, PARTS: tl.constexpr, SPAN: tl.constexpr):
+    """How many programs share a segment, and the entries [begin, end) of one of them."""
+    begin, end = tl.load(offset_ptr + segment), tl.load(offset_ptr + segment + 1)
+    parts = tl.maximum(tl.minimum((end - begin + SPAN - 1) // SPAN, PARTS), 1)
+    each = (end - begin + parts - 1) // parts
+    begin += part * each
+    return parts, begin, tl.minimum(end, begin + each)
+
+
+@triton.jit
 def _backward_kv(
     q_ptr, k_ptr, v_ptr, order_ptr, offset_ptr, block_start_ptr, block_total_ptr, index_ptr, do_ptr, lse_ptr, delta_ptr,
-    dk_ptr, dv_ptr,
+    dk_ptr, dv_ptr, dk_part_ptr, dv_part_ptr,
     n, n_q, ids, scale, scale_log2, h_q: tl.constexpr, h_kv: tl.constexpr, SIZE: tl.constexpr, COUNT: tl.constexpr,
-    D: tl.constexpr, SIZE_P: tl.constexpr, GROUP_P: tl.constexpr, ROWS: tl.constexpr,
-    HAS_DOCS: tl.constexpr, HAS_INDEX: tl.constexpr, ADD: tl.constexpr, STAGES: tl.constexpr,
+    D: tl.constexpr, SIZE_P: tl.constexpr, GROUP_P: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr,
+    SPAN: tl.constexpr, HAS_DOCS: tl.constexpr, HAS_INDEX: tl.constexpr, ADD: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    h, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    """One program per (block, KV head, part of the tokens that selected it); a popular block is shared by PARTS."""
+    h, part, b = tl.program_id(1) // PARTS, tl.program_id(1) % PARTS, tl.program_id(2).to(tl.int64)
     group: tl.constexpr = h_q // h_kv
     TOKENS: tl.constexpr = ROWS // GROUP_P
     row_of, head, dim = tl.arange(0, ROWS) // GROUP_P, tl.arange(0, ROWS) % GROUP_P, tl.arange(0, D)
     last = tl.load(block_total_ptr + b) if HAS_DOCS else ids
     for block in range(tl.program_id(0), last, tl.num_programs(0)):
-        start = tl.load(block_start_ptr + b * n + block) if HAS_DOCS else block * SIZE
-        size = SIZE
-        if HAS_DOCS:  # a document's last block may be partial, and what follows belongs to the next block
-            size = tl.load(block_start_ptr + b * n + block + 1, mask=block + 1 < last, other=n) - start
-        offset = tl.arange(0, SIZE_P)
-        key = start + offset
-        key_real = (offset < size) & (offset < SIZE) & (key < n)
-        at = ((b * n + key) * h_kv + h)[:, None] * D + dim[None, :]
-        k = tl.load(k_ptr + at, mask=key_real[:, None], other=0.0)
-        v = tl.load(v_ptr + at, mask=key_real[:, None], other=0.0)
-        dk = tl.zeros([SIZE_P, D], tl.float32)
-        dv = tl.zeros([SIZE_P, D], tl.float32)
-        segment = (b * h_kv + h) * ids + block
-        begin, end = tl.load(offset_ptr + segment), tl.load(offset_ptr + segment + 1)
-        for first in tl.range(begin, end, TOKENS, num_stages=STAGES):
-            entry = first + row_of
-            real = (entry < end) & (head < group)
-            row = (tl.load(order_ptr + entry, mask=entry < end, other=0) // COUNT) % n_q
-            q_row = (b * n_q + row) * h_q + h * group + head
-            q = tl.load(q_ptr + q_row[:, None] * D + dim[None, :], mask=real[:, None], other=0.0)
-            do = tl.load(do_ptr + q_row[:, None] * D + dim[None, :], mask=real[:, None], other=0.0)
-            lse = tl.load(lse_ptr + q_row, mask=real, other=float("inf"))
-            delta = tl.load(delta_ptr + q_row, mask=real, other=0.0)
-            t = tl.load(index_ptr + row, mask=real, other=-1) if HAS_INDEX else row
-            score = tl.dot(k, tl.trans(q), input_precision="ieee") * scale_log2
-            seen = key_real[:, None] & real[None, :] & (key[:, None] <= t[None, :])
-            weight = tl.where(seen, tl.exp2(score - lse[None, :]), 0.0)
-            dv = tl.dot(weight.to(do.dtype), do, dv, input_precision="ieee")
-            d_score = weight * (tl.dot(v, tl.trans(do), input_precision="ieee") - delta[None, :])
-            dk = tl.dot(d_score.to(q.dtype), q, dk, input_precision="ieee")
-        dk *= scale
-        if ADD:
-            dk += tl.load(dk_ptr + at, mask=key_real[:, None], other=0.0).to(tl.float32)
-            dv += tl.load(dv_ptr + at, mask=key_real[:, None], other=0.0).to(tl.float32)
-        tl.store(dk_ptr + at, dk.to(dk_ptr.dtype.element_ty), mask=key_real[:, None])
-        tl.store(dv_ptr + at, dv.to(dv_ptr.dtype.element_ty), mask=key_real[:, None])
+        parts, begin, end = _share(offset_ptr, (b * h_kv + h) * ids + block, part, PARTS, SPAN)
+        if part < parts:
+            start, size = _block_place(block_start_ptr, b, block, last, n, SIZE, HAS_DOCS)
+            offset = tl.arange(0, SIZE_P)
+            key = start + offset
+            key_real = offset < size
+            at = ((b * n + key) * h_kv + h)[:, None] * D + dim[None, :]
+            k = tl.load(k_ptr + at, mask=key_real[:, None], other=0.0)
+            v = tl.load(v_ptr + at, mask=key_real[:, None], other=0.0)
+            dk = tl.zeros([SIZE_P, D], tl.float32)
+            dv = tl.zeros([SIZE_P, D], tl.float32)
+            for first in tl.range(begin, end, TOKENS, num_stages=STAGES):
+                entry = first + row_of
+                real = (entry < end) & (head < group)
+                row = (tl.load(order_ptr + entry, mask=entry < end, other=0) // COUNT) % n_q
+                q_row = (b * n_q + row) * h_q + h * group + head
+                q = tl.load(q_ptr + q_row[:, None] * D + dim[None, :], mask=real[:, None], other=0.0)
+                do = tl.load(do_ptr + q_row[:, None] * D + dim[None, :], mask=real[:, None], other=0.0)
+                lse = tl.load(lse_ptr + q_row, mask=real, other=float("inf"))
+                delta = tl.load(delta_ptr + q_row, mask=real, other=0.0)
+                t = tl.load(index_ptr + row, mask=real, other=-1) if HAS_INDEX else row
+                score = tl.dot(k, tl.trans(q), input_precision="tf32x3") * scale_log2
+                seen = key_real[:, None] & real[None, :] & (key[:, None] <= t[None, :])
+                weight = tl.where(seen, tl.exp2(score - lse[None, :]), 0.0)
+                dv = tl.dot(weight.to(do.dtype), do, dv, input_precision="tf32x3")
+                d_score = weight * (tl.dot(v, tl.trans(do), input_precision="tf32x3") - delta[None, :])
+                dk = tl.dot(d_score.to(q.dtype), q, dk, input_precision="tf32x3")
+            dk *= scale
+            if parts > 1:
+                out = part * (tl.num_programs(2).to(tl.int64) * n * h_kv * D) + at
+                tl.store(dk_part_ptr + out, dk, mask=key_real[:, None])
+                tl.store(dv_part_ptr + out, dv, mask=key_real[:, None])
+            else:
+                if ADD:
+                    dk += tl.load(dk_ptr + at, mask=key_real[:, None], other=0.0).to(tl.float32)
+                    dv += tl.load(dv_ptr + at, mask=key_real[:, None], other=0.0).to(tl.float32)
+                tl.store(dk_ptr + at, dk.to(dk_ptr.dtype.element_ty), mask=key_real[:, None])
+                tl.store(dv_ptr + at, dv.to(dv_ptr.dtype.element_ty), mask=key_real[:, None])
+
+
+@triton.jit
+def _sum_parts(
+    offset_ptr, block_start_ptr, block_total_ptr, dk_ptr, dv_ptr, dk_part_ptr, dv_part_ptr,
+    n, ids, h_kv: tl.constexpr, SIZE: tl.constexpr, D: tl.constexpr, SIZE_P: tl.constexpr,
+    PARTS: tl.constexpr, SPAN: tl.constexpr, HAS_DOCS: tl.constexpr, ADD: tl.constexpr,
+):  # fmt: skip
+    """Add the parts of each shared block, in order, so that the sum repeats bit for bit."""
+    h, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    dim, offset = tl.arange(0, D), tl.arange(0, SIZE_P)
+    last = tl.load(block_total_ptr + b) if HAS_DOCS else ids
+    for block in range(tl.program_id(0), last, tl.num_programs(0)):
+        parts, _, _ = _share(offset_ptr, (b * h_kv + h) * ids + block, 0, PARTS, SPAN)
+        if parts > 1:
+            start, size = _block_place(block_start_ptr, b, block, last, n, SIZE, HAS_DOCS)
+            real = (offset < size)[:, None]
+            at = ((b * n + start + offset) * h_kv + h)[:, None] * D + dim[None, :]
+            dk = tl.zeros([SIZE_P, D], tl.float32)
+            dv = tl.zeros([SIZE_P, D], tl.float32)
+            for part in range(parts):
+                source = part * (tl.num_programs(2).to(tl.int64) * n * h_kv * D) + at
+                dk += tl.load(dk_part_ptr + source, mask=real, other=0.0)
+                dv += tl.load(dv_part_ptr + source, mask=real, other=0.0)
+            if ADD:
+                dk += tl.load(dk_ptr + at, mask=real, other=0.0).to(tl.float32)
+                dv += tl.load(dv_ptr + at, mask=real, other=0.0).to(tl.float32)
+            tl.store(dk_ptr + at, dk.to(dk_ptr.dtype.element_ty), mask=real)
+            tl.store(dv_ptr + at, dv.to(dv_ptr.dtype.element_ty), mask=real)
 
 
 def inverse_index(blocks: Tensor, n: int, size: int, doc_starts: Tensor | None, query_index: Tensor | None):
@@ -242,12 +296,18 @@ def backward_kv(q, k, v, index, lse, do, delta, size: int, count: int, scale: fl
     n, h_kv, add = k.shape[1], k.shape[2], dkv is not None
     dk, dv = dkv if add else (torch.empty_like(k), torch.empty_like(v))
     order, offsets, block_start, total, ids = index
-    group_p = triton.next_power_of_2(h_q // h_kv)
-    _backward_kv[(slot_count(n, size), h_kv, batch)](
-        q, k, v, order, offsets, block_start, total, query_index, do, lse, delta, dk, dv,
-        n, n_q, ids, scale, scale * LOG2E, h_q, h_kv, size, count, dim, max(16, triton.next_power_of_2(size)), group_p,
-        max(config.dkv_rows, group_p), HAS_DOCS=total is not None, HAS_INDEX=query_index is not None, ADD=add,
-        STAGES=config.dkv_stages, num_warps=config.dkv_warps,
+    group_p, size_p = triton.next_power_of_2(h_q // h_kv), max(16, triton.next_power_of_2(size))
+    dk_part, dv_part = (torch.empty(PARTS, *k.shape, dtype=torch.float32, device=k.device) for _ in range(2))
+    grid = slot_count(n, size)
+    _backward_kv[(grid, h_kv * PARTS, batch)](
+        q, k, v, order, offsets, block_start, total, query_index, do, lse, delta, dk, dv, dk_part, dv_part,
+        n, n_q, ids, scale, scale * LOG2E, h_q, h_kv, size, count, dim, size_p, group_p, max(config.dkv_rows, group_p),
+        PARTS, SPAN, HAS_DOCS=total is not None, HAS_INDEX=query_index is not None, ADD=add, STAGES=config.dkv_stages,
+        num_warps=config.dkv_warps,
+    )  # fmt: skip
+    _sum_parts[(grid, h_kv, batch)](
+        offsets, block_start, total, dk, dv, dk_part, dv_part, n, ids, h_kv, size, dim, size_p, PARTS, SPAN,
+        HAS_DOCS=total is not None, ADD=add, num_warps=1,
     )  # fmt: skip
     return dk, dv
 

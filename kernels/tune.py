@@ -55,7 +55,7 @@ def tune(shape: str, wanted: list[str]) -> None:
     q, do = (torch.randn(batch, n, h_q, dim, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     k, v = (torch.randn(batch, n, h_kv, dim, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     gate = torch.rand(batch, n, h_q, device="cuda", dtype=torch.bfloat16)
-    spec, base, scale = BlockSpec(), choose(dim), dim**-0.5
+    spec, base, scale = BlockSpec(), choose(q), dim**-0.5
     blocks = triton_routing.select_blocks(q, k, spec, scale, None, None, base)
     o, lse = triton_sparse.forward(q, k, v, blocks, 16, scale, None, None, base)
     delta = triton_gate.row_delta(o, do, 64)
@@ -105,22 +105,14 @@ def tune(shape: str, wanted: list[str]) -> None:
     if "dense" in wanted:
         dense = triton_dense.Dense(n)
         o, lse = triton_dense.forward(q, k, v, scale, dense, base)
-        tiles = [
-            (128, 64, 4, 3),
-            (128, 64, 8, 3),
-            (128, 128, 8, 2),
-            (128, 128, 8, 3),
-            (64, 64, 4, 3),
-            (128, 64, 4, 2),
-            (64, 128, 4, 3),
-        ]
+        tiles = [(128, 64, 4, 3), (128, 128, 8, 2), (64, 64, 4, 3), (64, 128, 4, 2)]
         sweep("dense forward", base, {"dense_forward": tiles}, lambda c: triton_dense.forward(q, k, v, scale, dense, c))
         sweep(
             "dense dq", base, {"dense_dq": tiles},
             lambda c: triton_dense.backward_q(q, k, v, lse, do, delta, scale, dense, c),
         )  # fmt: skip
         sweep(
-            "dense dkv", base, {"dense_dkv": [(64, 64, 4, 2), (64, 128, 8, 2), *tiles]},
+            "dense dkv", base, {"dense_dkv": [(64, 64, 4, 2), (64, 128, 8, 2), (128, 64, 8, 2), (32, 128, 4, 3)]},
             lambda c: triton_dense.backward_kv(q, k, v, lse, do, delta, scale, dense, c),
         )  # fmt: skip
 

@@ -99,19 +99,20 @@ def check_selection(blocks, leaves, spec, options):
             assert score[list(truth - ours)].max() - score[mine] < 1e-5
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("case", CASES, ids=str)
+EVERY = [(case, torch.bfloat16) for case in CASES]
+SOME = [(case, dtype) for dtype in (torch.float16, torch.float32) for case in CASES[3::5]]
+
+
+@pytest.mark.parametrize(("case", "dtype"), EVERY + SOME, ids=str)
 def test_every_stream_matches_fp64(case, dtype):
     leaves, upstream, spec, options = build(case, dtype)
     scale = leaves[0].shape[3] ** -0.5
     blocks = kernels.select_blocks(*leaves[:2], spec, **options, backend="triton")
     check_selection(blocks, leaves, spec, options)
-    for name, extra in {
-        "full_attention": (),
-        "sparse_attention": (spec,),
-        "window_attention": (100,),
-        "compressed_attention": (spec,),
-    }.items():
+    streams = {"full_attention": (), "sparse_attention": (spec,)}
+    if CASES.index(case) % 3 == 0 or dtype != torch.bfloat16:  # nsa's: the same dense kernels, two more masks
+        streams |= {"window_attention": (100,), "compressed_attention": (spec,)}
+    for name, extra in streams.items():
         function = getattr(kernels, name)
         given = {**options, "blocks": blocks} if name == "sparse_attention" else options
         truth = exact(leaves)
