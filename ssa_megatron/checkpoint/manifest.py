@@ -1,9 +1,10 @@
 """The manifest: what makes a folder a checkpoint, and what a loader trusts.
 
 It is written last, names every file with its size and sha256, and every tensor by its global name with the pieces that tile
-it. A folder without a manifest that parses is not a checkpoint, whatever else it holds.
+it. A folder without a manifest that parses and matches its own sha256 is not a checkpoint, whatever else it holds.
 """
 
+import hashlib
 import json
 import re
 from dataclasses import asdict, dataclass
@@ -41,24 +42,35 @@ class Manifest:
     tensors: dict[str, dict[str, dict]]
 
     def to_json(self) -> str:
-        return json.dumps({"format": FORMAT, **asdict(self)}, indent=1)
+        values = {"format": FORMAT, **asdict(self)}
+        return json.dumps({**values, "sha256": _sha256(values)}, indent=1)
 
     @staticmethod
     def read(folder: Path) -> "Manifest":
-        """Raises CheckpointError naming the folder when it is missing, unreadable or of another format."""
+        """Raises CheckpointError naming the file when it is missing, unreadable, altered or of another format."""
         path = folder / MANIFEST
         try:
             values = json.loads(path.read_text())
-            if values.pop("format") != FORMAT:
+            if values["format"] != FORMAT:
                 raise CheckpointError(
                     f"{path}: another format version", remedy="load it with the release that wrote it"
                 )
+            if values.pop("sha256") != _sha256(values):  # a flipped digit is valid JSON and would train on
+                raise CheckpointError(
+                    f"{path}: altered since it was written (its own sha256 does not match)",
+                    remedy="use another checkpoint",
+                )
+            del values["format"]
             values["files"] = {name: StoredFile(**entry) for name, entry in values["files"].items()}
             return Manifest(**values)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(
                 f"{path}: not a readable manifest ({type(error).__name__}: {error})", remedy="use another checkpoint"
             ) from None
+
+
+def _sha256(values: dict) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def step_folder(run: Path, step: int) -> Path:

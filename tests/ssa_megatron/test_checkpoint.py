@@ -237,7 +237,16 @@ DAMAGE = {
     "manifest empty": (_manifest(lambda text: ""), "not a readable manifest"),
     "manifest cut": (_manifest(lambda text: text[: len(text) // 2]), "not a readable manifest"),
     "manifest not an object": (_manifest(lambda text: "[]"), "not a readable manifest"),
-    "manifest without files": (_manifest(_without("files")), "not a readable manifest"),
+    "manifest without its sha256": (_manifest(_without("sha256")), "not a readable manifest"),
+    "manifest without its files": (_manifest(_without("files")), "altered since it was written"),
+    "a digit of the data position changed": (
+        _manifest(lambda text: text.replace('"row": 12', '"row": 13')),
+        "altered since it was written",
+    ),
+    "a digit of the step changed": (
+        _manifest(lambda text: text.replace('"step": 3', '"step": 7')),
+        "altered since it was written",
+    ),
     "manifest of another format": (
         _manifest(lambda text: text.replace('"format": 1', '"format": 2')),
         "another format version",
