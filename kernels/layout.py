@@ -7,8 +7,22 @@ a packed row. A last, partial block has a slot number too, which a complete bloc
 is never pooled.
 """
 
+from collections.abc import Callable
+from typing import TypeVar
+
 import torch
 from torch import Tensor
+
+T = TypeVar("T")
+
+
+def remembered(doc_starts_bn: Tensor, name: str, make: Callable[[], T]) -> T:
+    """make(), kept on the tensor itself: every layer of a micro-batch asks the same of the same `doc_starts`."""
+    kept = doc_starts_bn.__dict__.setdefault("_kernels_layout", {})
+    key = name, doc_starts_bn._version
+    if key not in kept:
+        kept[key] = make()
+    return kept[key]
 
 
 def slot_count(n: int, block_size: int) -> int:

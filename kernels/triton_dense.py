@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .layout import remembered
 from .triton_gate import row_delta
 from .triton_routing import LOG2E, _places
 
@@ -327,7 +328,8 @@ def backward_kv(q, k, v, lse, do, delta, scale: float, dense: Dense, config) -> 
         splits *= 2
     part = k.dtype if splits == 1 else torch.float32
     dk, dv = (torch.empty(splits, *k.shape, dtype=part, device=k.device) for _ in range(2))
-    ends = None if dense.doc_starts is None else document_ends(dense.doc_starts)
+    docs = dense.doc_starts
+    ends = None if docs is None else remembered(docs, "ends", lambda: document_ends(docs))
     rows, keys, warps, stages = config.dense_dkv
     _backward_kv[(triton.cdiv(n_k, keys), h_kv * splits, batch)](
         q, k, v, dense.key_start, dense.doc_starts, ends, dense.query_index, do, lse, delta, dk, dv, dense.n, n_q, n_k,

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .layout import slot_count
+from .layout import remembered, slot_count
 from .triton_routing import LOG2E
 
 PARTS = 4  # programs that may share a block selected by many tokens (an attention sink is selected by all of them)
@@ -231,6 +231,17 @@ def _sum_parts(
             tl.store(dv_ptr + at, dv.to(dv_ptr.dtype.element_ty), mask=real)
 
 
+def _number_blocks(doc_starts: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Blocks of a packed row from left to right: number of each token's block, first position of each, how many."""
+    batch, n = doc_starts.shape
+    place = torch.arange(n, device=doc_starts.device, dtype=torch.int32)
+    begins = (place - doc_starts) % size == 0
+    block_id = (begins.cumsum(1, dtype=torch.int32) - 1).to(torch.int32)
+    block_start = torch.full((batch, n + 1), n, dtype=torch.int32, device=doc_starts.device)
+    block_start.scatter_(1, torch.where(begins, block_id, n).long(), place.expand(batch, -1))
+    return block_id, block_start[:, :n].contiguous(), block_id[:, -1] + 1
+
+
 def inverse_index(blocks: Tensor, n: int, size: int, doc_starts: Tensor | None, query_index: Tensor | None):
     """For each (batch row, KV head, block), the entries of `blocks` that select it: a stable counting order.
 
@@ -241,15 +252,11 @@ def inverse_index(blocks: Tensor, n: int, size: int, doc_starts: Tensor | None, 
     device = blocks.device
     block_id = block_start = total = None
     ids = slot_count(n, size)
-    if doc_starts is not None:  # number the blocks of a packed row from left to right
+    if doc_starts is not None:
         ids = n
-        place = torch.arange(n, device=device, dtype=torch.int32)
-        begins = (place - doc_starts) % size == 0
-        block_id = (begins.cumsum(1, dtype=torch.int32) - 1).to(torch.int32)
-        total = block_id[:, -1] + 1
-        block_start = torch.full((batch, n + 1), n, dtype=torch.int32, device=device)
-        block_start.scatter_(1, torch.where(begins, block_id, n).long(), place.expand(batch, -1))
-        block_start = block_start[:, :n].contiguous()
+        block_id, block_start, total = remembered(
+            doc_starts, f"blocks {size}", lambda: _number_blocks(doc_starts, size)
+        )
     segments = batch * h_kv * ids
     segment = torch.empty(batch * h_kv * n_q * count, dtype=torch.int32, device=device)
     _block_ids[(triton.cdiv(n_q * count, 1024), h_kv, batch)](

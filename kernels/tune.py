@@ -105,14 +105,18 @@ def tune(shape: str, wanted: list[str]) -> None:
     if "dense" in wanted:
         dense = triton_dense.Dense(n)
         o, lse = triton_dense.forward(q, k, v, scale, dense, base)
-        tiles = [(128, 64, 4, 3), (128, 128, 8, 2), (64, 64, 4, 3), (64, 128, 4, 2)]
-        sweep("dense forward", base, {"dense_forward": tiles}, lambda c: triton_dense.forward(q, k, v, scale, dense, c))
+        forward = [(128, 64, 4, 3), (128, 128, 8, 2), (128, 64, 8, 3), (64, 64, 4, 3), (64, 128, 4, 2)]
+        queries = [(128, 64, 8, 3), (128, 64, 8, 2), (64, 64, 4, 2), (64, 64, 4, 3), (128, 128, 8, 2), (128, 32, 4, 3)]
+        keys = [(64, 64, 4, 2), (64, 64, 4, 3), (32, 64, 4, 3), (64, 128, 8, 2), (128, 64, 8, 2), (32, 128, 8, 3)]
         sweep(
-            "dense dq", base, {"dense_dq": tiles},
+            "dense forward", base, {"dense_forward": forward}, lambda c: triton_dense.forward(q, k, v, scale, dense, c)
+        )
+        sweep(
+            "dense dq", base, {"dense_dq": queries},
             lambda c: triton_dense.backward_q(q, k, v, lse, do, delta, scale, dense, c),
         )  # fmt: skip
         sweep(
-            "dense dkv", base, {"dense_dkv": [(64, 64, 4, 2), (64, 128, 8, 2), (128, 64, 8, 2), (32, 128, 4, 3)]},
+            "dense dkv", base, {"dense_dkv": keys},
             lambda c: triton_dense.backward_kv(q, k, v, lse, do, delta, scale, dense, c),
         )  # fmt: skip
 

@@ -48,9 +48,11 @@ def outputs_and_gradients(result, upstream, leaves, loss_weight=3.0):
 
 
 def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
-    """Norm of the error over the norm of the truth, counted as 0.1 per element or more."""
+    """Norm of the error over the norm of the truth; where the truth is zero (a document of one token) over one per
+    element."""
     got, expected = got.detach().double(), expected.detach().double()
-    return float((got - expected).norm() / max(expected.norm(), 0.1 * expected.numel() ** 0.5))
+    size, unit = expected.norm(), expected.numel() ** 0.5
+    return float((got - expected).norm() / (size if size > 1e-6 * unit else unit))
 
 
 def assert_close(got, expected, tolerance, what=""):
