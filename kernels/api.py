@@ -10,8 +10,10 @@ Shared arguments:
         Attention never crosses a document boundary, and blocks are numbered from the document's start.
         Padding: one document of length 1 per token.
     query_index: int32 [Nq], the place of each query row in the key sequence (context parallelism); default 0..N-1.
-    backend: "auto", "torch" or "triton". `auto` is the PyTorch backend everywhere until the Triton kernels are
-        built, and "triton" is refused until then.
+    backend: "auto", "torch" or "triton". `auto` is Triton on CUDA (where dense attention without documents runs the
+        vendor's kernel through SDPA) and PyTorch elsewhere, never a silent fall-back: what the Triton backend cannot
+        run on CUDA (fp64, head dimensions above 256) is refused by name and needs "torch". "triton" on a CPU needs
+        Triton's interpreter (TRITON_INTERPRET=1).
 """
 
 from torch import Tensor
@@ -23,8 +25,6 @@ try:
     import triton
 except ImportError:  # a machine without triton has the PyTorch backend
     triton = None
-
-AUTO_TRITON = False  # set once the GPU accuracy sweep has passed
 
 
 def _streams(backend: str):
@@ -38,7 +38,7 @@ def _streams(backend: str):
 def _backend(name: str, q: Tensor) -> str:
     checks.need(name in ("auto", "torch", "triton"), "backend", repr(name), "'auto', 'torch' or 'triton'")
     if name == "auto":
-        return "triton" if q.is_cuda and AUTO_TRITON else "torch"
+        return "triton" if q.is_cuda else "torch"
     if name == "triton":
         interpreted = triton is not None and triton.knobs.runtime.interpret
         checks.need(triton is not None, "backend", "'triton'", "'auto' or 'torch': triton is not installed")

@@ -12,26 +12,26 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from . import triton_dense, triton_gate, triton_routing, triton_sparse
-from .layout import slot_starts
+from . import torch_routing, triton_dense, triton_gate, triton_routing, triton_sparse
+from .layout import slot_count, slot_starts
 from .spec import BlockSpec, KernelArgumentError
 from .torch_routing import pooled_blocks
 from .triton_config import choose
 from .triton_dense import Dense
 
-MOST_BLOCKS = 129  # routing keeps a sorted list of block_count - 1 keys per token in registers
+MOST_BLOCKS = 129  # the routing kernel keeps a sorted list of block_count - 1 keys per token in registers
 
 
-def refuse(q: Tensor, spec: BlockSpec | None) -> None:
+def refuse(q: Tensor) -> None:
     """Name what these kernels cannot run."""
     if q.dtype == torch.float64:
         raise KernelArgumentError("q.dtype: got float64, expected float16, bfloat16 or float32 (or backend='torch')")
     if q.shape[3] > 256:
-        raise KernelArgumentError(f"q.shape[3]: got {q.shape[3]}, expected a head dimension of at most 256")
-    if spec is not None and spec.block_count > MOST_BLOCKS:
-        raise KernelArgumentError(
-            f"spec.block_count: got {spec.block_count}, expected at most {MOST_BLOCKS} (or backend='torch')"
-        )
+        raise KernelArgumentError(f"q.shape[3]: got {q.shape[3]}, expected at most 256 (or backend='torch')")
+
+
+def _flat(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
 
 
 def _padded(x: Tensor) -> Tensor:
@@ -151,14 +151,31 @@ def _with_graph(ctx, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 
 
 def select_blocks(q, k, spec: BlockSpec, scale: float, doc_starts, query_index) -> Tensor:
-    refuse(q, spec)
+    """Larger budgets than the kernel's lists hold: all blocks need no routing, and in between PyTorch routes."""
+    refuse(q)
+    doc_starts, query_index = _flat(doc_starts), _flat(query_index)
     with torch.no_grad():
+        if spec.block_count >= slot_count(k.shape[1], spec.block_size) and spec.topk == "exact":
+            return _every_block(q, k, spec, doc_starts, query_index)
+        if spec.block_count > MOST_BLOCKS:
+            return torch_routing.select_blocks(q, k, spec, scale, doc_starts, query_index)
         q, k = _padded(q), _padded(k)
         return triton_routing.select_blocks(q, k, spec, scale, doc_starts, query_index, choose(q))
 
 
+def _every_block(q, k, spec: BlockSpec, doc_starts, query_index) -> Tensor:
+    """The selection when the budget covers the sequence: own block, then every earlier one."""
+    t = torch.arange(k.shape[1], device=q.device, dtype=torch.int32) if query_index is None else query_index
+    start = torch.zeros_like(t)[None] if doc_starts is None else doc_starts[:, t.long()]
+    own = ((t - start) // spec.block_size)[..., None]
+    earlier = torch.arange(spec.block_count - 1, device=q.device, dtype=torch.int32)
+    blocks = torch.cat([own, torch.where(earlier < own, earlier, -1)], -1)
+    return blocks[:, :, None].expand(q.shape[0], -1, k.shape[2], -1).to(torch.int32).contiguous()
+
+
 def full_attention(q, k, v, scale: float, doc_starts, query_index) -> Tensor:
-    refuse(q, None)
+    refuse(q)
+    doc_starts, query_index = _flat(doc_starts), _flat(query_index)
     if _vendor_takes(q, doc_starts, query_index):
         return _vendor(q, k, v, scale)
     dense = Dense(k.shape[1], doc_starts=doc_starts, query_index=query_index)
@@ -166,15 +183,18 @@ def full_attention(q, k, v, scale: float, doc_starts, query_index) -> Tensor:
 
 
 def sparse_attention(q, k, v, spec: BlockSpec, scale: float, doc_starts, query_index, blocks) -> Tensor:
-    refuse(q, None)
+    refuse(q)
+    doc_starts, query_index = _flat(doc_starts), _flat(query_index)
     if blocks is None:
-        blocks = select_blocks(q, k, spec, scale, doc_starts, query_index)
+        doc_starts, query_index = _flat(doc_starts), _flat(query_index)
+    blocks = select_blocks(q, k, spec, scale, doc_starts, query_index)
     padded = (_padded(x) for x in (q, k, v))
     out = _Sparse.apply(*padded, blocks.contiguous(), spec.block_size, scale, doc_starts, query_index)
     return _cut(out, q.shape[3])
 
 
 def ssa_attention(q, k, v, gate, spec: BlockSpec, trunk: str, scale: float, doc_starts, query_index):
+    doc_starts, query_index = _flat(doc_starts), _flat(query_index)
     blocks = select_blocks(q, k, spec, scale, doc_starts, query_index)
     padded = (_padded(x) for x in (q, k, v))
     out, loss = _SSA.apply(
@@ -184,14 +204,16 @@ def ssa_attention(q, k, v, gate, spec: BlockSpec, trunk: str, scale: float, doc_
 
 
 def window_attention(q, k, v, window: int, scale: float, doc_starts, query_index) -> Tensor:
-    refuse(q, None)
+    refuse(q)
+    doc_starts, query_index = _flat(doc_starts), _flat(query_index)
     dense = Dense(k.shape[1], window=window, doc_starts=doc_starts, query_index=query_index)
     return _cut(_Dense.apply(_padded(q), _padded(k), _padded(v), scale, dense), q.shape[3])
 
 
 def compressed_attention(q, k, v, spec: BlockSpec, scale: float, doc_starts, query_index) -> Tensor:
     """Autograd carries the pooling (a mean over b tokens); attention over pooled keys is one more dense stream."""
-    refuse(q, None)
+    refuse(q)
+    doc_starts, query_index = _flat(doc_starts), _flat(query_index)
     size, n = spec.block_size, k.shape[1]
     start = slot_starts(doc_starts, n, size, q.device).to(torch.int32).expand(q.shape[0], -1).contiguous()
     kbar, vbar = (_padded(pooled_blocks(x, doc_starts, size)) for x in (k, v))
