@@ -186,8 +186,7 @@ def sparse_attention(q, k, v, spec: BlockSpec, scale: float, doc_starts, query_i
     refuse(q)
     doc_starts, query_index = _flat(doc_starts), _flat(query_index)
     if blocks is None:
-        doc_starts, query_index = _flat(doc_starts), _flat(query_index)
-    blocks = select_blocks(q, k, spec, scale, doc_starts, query_index)
+        blocks = select_blocks(q, k, spec, scale, doc_starts, query_index)
     padded = (_padded(x) for x in (q, k, v))
     out = _Sparse.apply(*padded, blocks.contiguous(), spec.block_size, scale, doc_starts, query_index)
     return _cut(out, q.shape[3])
