@@ -71,7 +71,7 @@ def demo(
 @app.command()
 def report(run: Annotated[Path, typer.Argument(help="run folder")]) -> None:
     """Write report.html into a run folder: curves, figures, samples."""
-    from ssa_megatron.train.report import write_report
+    from ssa_megatron.report import write_report
 
     print(write_report(run))
 

@@ -21,8 +21,8 @@ from ssa_megatron.checkpoint.reader import Checkpoint
 from ssa_megatron.config import Recipe, load_recipe
 from ssa_megatron.errors import ConfigError, SSAError
 from ssa_megatron.evaluation.perplexity import split_documents
+from ssa_megatron.report import write_report
 from ssa_megatron.train.metrics import read_metrics
-from ssa_megatron.train.report import write_report
 
 PROCESSES = 2
 PROMPTS = ("In the beginning", "And the LORD said unto Moses,")

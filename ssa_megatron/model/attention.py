@@ -15,9 +15,7 @@ from ssa_megatron.config.sections import Attention
 from ssa_megatron.model.alignment import hang_on
 from ssa_megatron.model.batch import SSABatch
 from ssa_megatron.model.rope import apply_rotary
-
-GATES = {"full": 1, "moba": 1, "ssa": 1, "nsa": 3}
-"""Gates per query head; nsa's are, in order, for the compressed, the selected and the window stream."""
+from ssa_megatron.model.shapes import GATES
 
 
 class SSACoreAttention(nn.Module):

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from ssa_megatron.config import Recipe
-from ssa_megatron.model.attention import GATES
+from ssa_megatron.model.shapes import GATES, global_shapes
 from ssa_megatron.parallel.context import ParallelContext
 
 
@@ -41,28 +41,6 @@ class NamedParameter:
     parameter: nn.Parameter
     blocks: tuple[Block, ...]
     replicated: bool
-
-
-def global_shapes(recipe: Recipe) -> dict[str, tuple[int, ...]]:
-    """Every global name of the recipe's model with its shape, in model order."""
-    m = recipe.model
-    shapes = {"model.embed_tokens.weight": (m.vocab_size, m.hidden_size)}
-    for i in range(m.num_layers):
-        layer = f"model.layers.{i}."
-        shapes[layer + "input_layernorm.weight"] = (m.hidden_size,)
-        shapes[layer + "self_attn.q_proj.weight"] = (m.num_heads * m.head_dim, m.hidden_size)
-        shapes[layer + "self_attn.k_proj.weight"] = (m.num_kv_heads * m.head_dim, m.hidden_size)
-        shapes[layer + "self_attn.v_proj.weight"] = (m.num_kv_heads * m.head_dim, m.hidden_size)
-        shapes[layer + "self_attn.g_proj.weight"] = (m.num_heads * GATES[recipe.attention.kind], m.hidden_size)
-        shapes[layer + "self_attn.o_proj.weight"] = (m.hidden_size, m.num_heads * m.head_dim)
-        shapes[layer + "post_attention_layernorm.weight"] = (m.hidden_size,)
-        shapes[layer + "mlp.gate_proj.weight"] = (m.ffn_size, m.hidden_size)
-        shapes[layer + "mlp.up_proj.weight"] = (m.ffn_size, m.hidden_size)
-        shapes[layer + "mlp.down_proj.weight"] = (m.hidden_size, m.ffn_size)
-    shapes["model.norm.weight"] = (m.hidden_size,)
-    if not m.tied_embeddings:
-        shapes["lm_head.weight"] = (m.vocab_size, m.hidden_size)
-    return shapes
 
 
 def named_parameters(model: nn.Module, recipe: Recipe, context: ParallelContext) -> Iterator[NamedParameter]:

@@ -5,6 +5,8 @@ owes (sequence-parallel norms), `step` reduces over data-parallel ranks, clips b
 shows which range of which parameter this rank owns, without any communication; checkpoints are made of them.
 """
 
+import contextlib
+import io
 import logging
 import warnings
 from collections.abc import Iterator
@@ -46,8 +48,9 @@ class ShardedOptimizer:
         self.recipe, self.context = recipe, context
         self.named = list(named_parameters(model, recipe, context))
         self.config = deepspeed_config(recipe, context.data_size)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # advice about features that are switched off here on purpose
+        # DeepSpeed prints memory figures and advice about features that are switched off here on purpose
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
             self.engine, *_ = deepspeed.initialize(
                 model=model,
                 optimizer=self._adamw(),

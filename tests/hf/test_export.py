@@ -15,7 +15,7 @@ from ssa_megatron.errors import CheckpointError, ConfigError, DataProblem
 from ssa_megatron.hf import export as export_module
 from ssa_megatron.hf.export import config_of, expected_shapes, export, open_weights, write_weights
 from ssa_megatron.hf.modeling_ssa import SSAForCausalLM
-from ssa_megatron.model.names import global_shapes
+from ssa_megatron.model.shapes import global_shapes
 from tests.oracle import model as oracle
 
 from .conftest import oracle_config, tiny_recipe, write_run

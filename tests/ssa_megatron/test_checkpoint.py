@@ -20,7 +20,7 @@ from ssa_megatron.checkpoint.reader import Checkpoint, load_into, newest_valid
 from ssa_megatron.checkpoint.writer import prune, save_checkpoint, write_safetensors
 from ssa_megatron.config import digest
 from ssa_megatron.errors import CheckpointError
-from ssa_megatron.model.names import global_shapes
+from ssa_megatron.model.shapes import global_shapes
 from tests.ssa_megatron.support import build, take_steps, tiny
 
 SHARE = "rank-00000.safetensors"

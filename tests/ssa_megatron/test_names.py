@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from ssa_megatron.model.names import global_shapes
+from ssa_megatron.model.shapes import global_shapes
 from tests.launch import run
 from tests.oracle.model import OracleConfig, weight_shapes
 from tests.ssa_megatron.support import tiny

@@ -13,7 +13,8 @@ import torch.distributed as dist
 
 from ssa_megatron.config import resolve
 from ssa_megatron.model.build import build_model
-from ssa_megatron.model.names import global_shapes, named_parameters
+from ssa_megatron.model.names import named_parameters
+from ssa_megatron.model.shapes import global_shapes
 from ssa_megatron.parallel import context as parallel
 from ssa_megatron.train.step import draw_batches, forward_backward, reduce_losses
 from ssa_megatron.zero.optimizer import ShardedOptimizer
@@ -88,11 +89,17 @@ def oracle_values(config, weights, tokens, starts, trunks, alignment_weight):
         ce, alignment, counted = ce + ce_i * here, alignment + alignment_i / len(trunks), counted + here
     ce = ce / counted
     (ce + alignment_weight * alignment).backward()
-    return float(ce.detach()), float(torch.as_tensor(alignment).detach()), {name: leaf.grad for name, leaf in leaves.items()}
+    return (
+        float(ce.detach()),
+        float(torch.as_tensor(alignment).detach()),
+        {name: leaf.grad for name, leaf in leaves.items()},
+    )
 
 
 def run_case(kind: str, trunk: str, tied: bool, overrides: dict, context) -> dict:
-    recipe = case_recipe(kind, tied, {**overrides, "attention.sparse_probability": {"full": 0.0, "sparse": 1.0}.get(trunk, 0.5)})
+    recipe = case_recipe(
+        kind, tied, {**overrides, "attention.sparse_probability": {"full": 0.0, "sparse": 1.0}.get(trunk, 0.5)}
+    )
     m, a = recipe.model, recipe.attention
     config = OracleConfig(
         vocab_size=m.vocab_size, hidden_size=m.hidden_size, num_layers=m.num_layers, num_heads=m.num_heads,
@@ -143,7 +150,10 @@ def main() -> None:
         key, value = argument.split("=")
         overrides[key] = json.loads(value) if value in ("true", "false") or value.isdigit() else value
     cases = [("ssa", trunk, True) for trunk in ("full", "sparse", "drawn")]
-    cases += [(kind, "full", True) for kind in ("full", "moba", "nsa")] + [("ssa", "drawn", False), ("nsa", "full", False)]
+    cases += [(kind, "full", True) for kind in ("full", "moba", "nsa")] + [
+        ("ssa", "drawn", False),
+        ("nsa", "full", False),
+    ]
     context = parallel.initialize(case_recipe("ssa", True, overrides))
     results = [run_case(*case, overrides, context) for case in cases]
     if context.is_writer:

@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 
 from ssa_megatron.model.build import build_model
-from ssa_megatron.model.names import global_shapes, named_parameters
+from ssa_megatron.model.names import named_parameters
+from ssa_megatron.model.shapes import global_shapes
 from ssa_megatron.parallel import context as parallel
 from tests.ssa_megatron.support import tiny
 

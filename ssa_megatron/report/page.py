@@ -14,11 +14,12 @@ from pathlib import Path
 from ssa_megatron.checkpoint.manifest import LATEST, MANIFEST, Manifest, committed
 from ssa_megatron.config import Recipe, dump_recipe
 from ssa_megatron.errors import CheckpointError
-from ssa_megatron.train import report_sections as sections
+from ssa_megatron.model.shapes import parameter_count
+from ssa_megatron.report import sections
+from ssa_megatron.report.figures import figures, last_finite, series, short
+from ssa_megatron.report.svg import is_finite
 from ssa_megatron.train.metrics import read_metrics
-from ssa_megatron.train.report_figures import figures, last_finite, series, short
 from ssa_megatron.train.run_folder import read_recipe
-from ssa_megatron.train.svg import is_finite
 
 _KINDS = {
     "full": "Full attention",
@@ -55,15 +56,6 @@ def write_report(run: Path, *, extra: dict | None = None) -> Path:
     return path
 
 
-def parameter_count(recipe: Recipe) -> int:
-    """Elements of all weights, by the shapes of the README's "Global names"; a test holds it to model/names.py."""
-    m = recipe.model
-    gates = 3 if recipe.attention.kind == "nsa" else 1
-    heads = 2 * m.num_heads * m.head_dim + 2 * m.num_kv_heads * m.head_dim + m.num_heads * gates
-    layer = m.hidden_size * (heads + 3 * m.ffn_size + 2)
-    return m.hidden_size * (m.vocab_size * (1 if m.tied_embeddings else 2) + 1) + m.num_layers * layer
-
-
 def _read(run: Path, extra: dict) -> _Run:
     recipe = read_recipe(run)
     problems: list[str] = []
@@ -94,7 +86,7 @@ def _json(path: Path, problems: list[str]) -> dict:
 
 
 def _page(run: _Run, folder: Path) -> str:
-    style = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
+    style = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
     body = (
         _header(run),
         "<section><h2>Curves</h2>",

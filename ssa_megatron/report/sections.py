@@ -8,8 +8,8 @@ import time
 from collections.abc import Callable
 from html import escape
 
-from ssa_megatron.train.report_figures import short
-from ssa_megatron.train.svg import is_finite
+from ssa_megatron.report.figures import short
+from ssa_megatron.report.svg import is_finite
 
 
 def perplexity(extra: dict) -> str:

@@ -8,7 +8,7 @@ import math
 from html import escape
 
 from ssa_megatron.config import Recipe
-from ssa_megatron.train.svg import Layer, Points, chart, is_finite, power_of_ten
+from ssa_megatron.report.svg import Layer, Points, chart, is_finite, power_of_ten
 
 _SMALL, _WIDE, _NARROW = (400, 214), (940, 330), (400, 290)
 _SMOOTHED_FROM = 40  # steps; below it every step is drawn at full strength
