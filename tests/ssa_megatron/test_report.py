@@ -23,6 +23,10 @@ from ssa_megatron.report.svg import Layer, chart, linear_axis, log_axis, thinned
 HOSTILE = "<script>alert(\"1\")</script> & 'quoted'"
 
 
+DEMO = load_recipe("demo")
+TOKENS_A_STEP = DEMO.train.global_batch_rows * DEMO.train.sequence_length
+
+
 def line(step, **values):
     """One plausible line of metrics.jsonl."""
     usual = {
@@ -31,7 +35,7 @@ def line(step, **values):
         "grad_norm": 1.3,
         "applied": True,
         "lr": 3e-3,
-        "tokens": 4096 * step,
+        "tokens": TOKENS_A_STEP * step,
         "tokens_per_second": 4000.0 + step,
         "seconds": 0.5,
     }
@@ -91,7 +95,16 @@ def test_the_page_holds_the_values_of_the_metrics(tmp_path):
     environment = {"device": "cpu", "world": 2, "python": "3.11.7", "packages": {"torch": "2.13.0", "triton": None}}
     page = words(page_of(make_run(tmp_path, [*map(line, range(1, 200)), evaluated(200)], environment=environment)))
     assert "All 200 steps are done." in page
-    for value in ("5.6", "6.037", "6.138", "0.6721", "4.974", "4,200", "409,600 of 409,600", "1 min 40 s"):
+    for value in (
+        "5.6",
+        "6.037",
+        "6.138",
+        "0.6721",
+        "4.974",
+        "4,200",
+        f"{200 * TOKENS_A_STEP:,} of {200 * TOKENS_A_STEP:,}",
+        "1 min 40 s",
+    ):
         assert value in page
     for text in ("demo", "Sparse Sparse Attention", "cpu, 2 processes", "torch 2.13.0", "alignment_weight: 10.0"):
         assert text in page
@@ -216,7 +229,7 @@ def test_lines_of_other_shapes_are_left_out(tmp_path):
 def test_a_step_that_recorded_nothing_leaves_sentences(tmp_path):
     page = words(page_of(make_run(tmp_path, [{"step": 1}])))
     assert page.count("Not in metrics.jsonl.") == 5
-    assert "unknown number of 409,600 planned" in page
+    assert f"unknown number of {200 * TOKENS_A_STEP:,} planned" in page
 
 
 @pytest.mark.parametrize("kind", ["full", "moba", "nsa"])
