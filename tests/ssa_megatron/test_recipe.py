@@ -63,15 +63,17 @@ def test_a_dumped_recipe_resolves_to_itself():
 
 
 # ------------------------------------------------------------------------------------------------------- overrides
-def test_overrides_change_their_field_and_nothing_else():
+def test_overrides_change_their_field_and_nothing_else(tmp_path):
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(TINY))
     overrides = ["train.steps=7", "optimizer.lr=1e-4", "parallel.sequence=true", "data.path=some/folder", "name=other"]
-    changed = differences(load_recipe("demo").model_dump(), load_recipe("demo", overrides).model_dump())
+    changed = differences(tiny().model_dump(), load_recipe(str(path), overrides).model_dump())
     assert changed == [
         "data.path: None -> 'some/folder'",
-        "name: 'demo' -> 'other'",
-        "optimizer.lr: 0.003 -> 0.0001",
+        "name: 'tiny' -> 'other'",
+        "optimizer.lr: 0.001 -> 0.0001",
         "parallel.sequence: False -> True",
-        "train.steps: 200 -> 7",
+        "train.steps: 20 -> 7",
     ]
 
 
@@ -105,7 +107,7 @@ REFUSED = {
     "groups that do not divide the heads": (["model.num_kv_heads=3"], ["num_kv_heads=3 must divide num_heads=4"]),
     "odd head": (["model.head_dim=31"], ["head_dim=31 must be even"]),
     "micro-batch that does not divide the batch": (
-        ["train.micro_batch_rows=3"],
+        ["train.micro_batch_rows=3", "train.global_batch_rows=8"],
         ["train.micro_batch_rows=3 must divide train.global_batch_rows=8"],
     ),
     "rows longer than the model": (
