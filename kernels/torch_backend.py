@@ -139,9 +139,8 @@ class Workspace:
 
 
 def _per_head(x_bnhd: Tensor, work: torch.dtype) -> Tensor:
-    """[B, Hkv, N, D], contiguous; half precision stays as it is on a GPU, where products accumulate in fp32."""
-    x = x_bnhd.transpose(1, 2)
-    return x.contiguous() if x.is_cuda else x.to(work).contiguous()
+    """[B, Hkv, N, D], contiguous, in the work dtype."""
+    return x_bnhd.transpose(1, 2).to(work).contiguous()
 
 
 def _rows(x_bnhd: Tensor, tile: Tile, g: Geometry, work: torch.dtype) -> Tensor:
@@ -160,9 +159,7 @@ def _store(out_bnhd: Tensor, tile: Tile, g: Geometry, x: Tensor) -> None:
 
 
 def _mm(a: Tensor, b: Tensor, space: Workspace | None = None, name: str = "") -> Tensor:
-    """Batched product, accumulated and returned in fp32 (fp64 for fp64), in the named buffer if one is given."""
-    if b.dtype not in (torch.float32, torch.float64):
-        return torch.bmm(a.to(b.dtype), b, out_dtype=torch.float32)
+    """Batched product, in the named buffer if one is given."""
     if space is None:
         return torch.bmm(a, b)
     return torch.bmm(a, b, out=space.get(name, (a.shape[0], a.shape[1], b.shape[2]), b.dtype))
@@ -210,7 +207,7 @@ class _OneStream(torch.autograd.Function):
         lse = torch.empty(*q.shape[:3], 1, dtype=g.work, device=q.device)
         k_h, v_h, space = _per_head(k, g.work), _per_head(v, g.work), Workspace(q.device)
         for tile in g.tiles():
-            score = _scores(_rows(q, tile, g, k_h.dtype), k_h[tile.b, tile.heads, tile.cols], tile, scale, space)
+            score = _scores(_rows(q, tile, g, g.work), k_h[tile.b, tile.heads, tile.cols], tile, scale, space)
             if tile.chosen is not None:
                 score.unflatten(1, (-1, tile.chosen.shape[2])).add_(tile.chosen)
             weight, total, lse_rows = _softmax_parts(score)
@@ -230,16 +227,16 @@ class _OneStream(torch.autograd.Function):
         dk, dv = (torch.zeros(k_h.shape, dtype=g.work, device=q.device) for _ in range(2))
         for tile in g.tiles():
             at = (tile.b, tile.heads, tile.cols)
-            q_rows, do_rows = _rows(q, tile, g, k_h.dtype), _rows(d_out, tile, g, g.work)
+            q_rows, do_rows = _rows(q, tile, g, g.work), _rows(d_out, tile, g, g.work)
             delta = (do_rows * _rows(out, tile, g, g.work)).sum(-1, keepdim=True)
             score = _scores(q_rows, k_h[at], tile, scale, space)
             if tile.chosen is not None:
                 score.unflatten(1, (-1, tile.chosen.shape[2])).add_(tile.chosen)
             weight = score.sub_(_rows(lse, tile, g, g.work)).exp_()
-            dv[at] += _mm(weight.to(v_h.dtype).transpose(1, 2), do_rows.to(v_h.dtype))
+            dv[at] += _mm(weight.transpose(1, 2), do_rows)
             d_score = _mm(do_rows, v_h[at].transpose(1, 2), space, "d_score").sub_(delta).mul_(weight)
             _store(dq, tile, g, _mm(d_score, k_h[at]).mul_(scale))
-            dk[at] += _mm(d_score.to(k_h.dtype).transpose(1, 2), q_rows * scale)
+            dk[at] += _mm(d_score.transpose(1, 2), q_rows * scale)
         return dq, dk.transpose(1, 2).to(k.dtype), dv.transpose(1, 2).to(v.dtype), None, None
 
 
@@ -278,7 +275,7 @@ class _TwoStreams(torch.autograd.Function):
         d_mean = d_loss.to(g.work) / q.numel()
         for tile in g.tiles():
             at = (tile.b, tile.heads, tile.cols)
-            q_rows = _rows(q, tile, g, k_h.dtype)
+            q_rows = _rows(q, tile, g, g.work)
             o_f, o_s, gate_rows = (_rows(x, tile, g, g.work) for x in (full, sparse, gate[..., None]))
             do_f = (o_f - o_s).mul_(gate_rows).clamp_(-1, 1).mul_(d_mean)
             do_s = -do_f
@@ -299,20 +296,20 @@ class _TwoStreams(torch.autograd.Function):
             else:
                 weight_s = _only_chosen(score, tile.chosen).sub_(lse_s).exp_()
                 weight = score.sub_(lse_f).exp_()
-            dv[at] += _mm(weight.to(v_h.dtype).transpose(1, 2), do_f.to(v_h.dtype))
-            dv[at] += _mm(weight_s.to(v_h.dtype).transpose(1, 2), do_s.to(v_h.dtype))
+            dv[at] += _mm(weight.transpose(1, 2), do_f)
+            dv[at] += _mm(weight_s.transpose(1, 2), do_s)
             v_t = v_h[at].transpose(1, 2)
             d_score = _mm(do_f, v_t, space, "d_score").sub_(delta_f).mul_(weight)
             d_score.addcmul_(_mm(do_s, v_t, space, "d_score_sparse").sub_(delta_s), weight_s)
             _store(dq, tile, g, _mm(d_score, k_h[at]).mul_(scale))
-            dk[at] += _mm(d_score.to(k_h.dtype).transpose(1, 2), q_rows * scale)
+            dk[at] += _mm(d_score.transpose(1, 2), q_rows * scale)
         d_k, d_v = dk.transpose(1, 2).to(k.dtype), dv.transpose(1, 2).to(v.dtype)
         return dq, d_k, d_v, d_gate.squeeze(-1), None, None, None
 
 
 def _both_weights(q: Tensor, k_cols: Tensor, tile: Tile, g: Geometry, scale: float, space: Workspace):
     """(weights, log-sum-exp, sum) of the full and of the sparse stream, from one score matrix."""
-    q_rows = _rows(q, tile, g, k_cols.dtype)
+    q_rows = _rows(q, tile, g, g.work)
     if g.on_cpu:
         score = _scores(q_rows, k_cols, tile, scale, space)
         top = score.amax(-1, keepdim=True)
@@ -366,7 +363,7 @@ def attention_statistics(q, k, spec: BlockSpec, scale: float, doc_starts, query_
     inside, entropy = (torch.zeros(g.h_kv, g.h_q // g.h_kv, dtype=torch.float64, device=q.device) for _ in range(2))
     k_h, space = _per_head(k, g.work), Workspace(q.device)
     for tile in g.tiles():
-        score = _scores(_rows(q, tile, g, k_h.dtype), k_h[tile.b, tile.heads, tile.cols], tile, scale, space)
+        score = _scores(_rows(q, tile, g, g.work), k_h[tile.b, tile.heads, tile.cols], tile, scale, space)
         log_weight = score.log_softmax(-1).unflatten(1, (g.h_q // g.h_kv, -1))
         weight = log_weight.exp()
         inside[tile.heads] += (weight * tile.chosen).sum((-1, -2)).double()

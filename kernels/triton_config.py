@@ -30,9 +30,9 @@ class Config(NamedTuple):
     dkv_stages: int = 3
     gate_rows: int = 64
     # (rows, keys, warps, stages)
-    dense_forward: tuple[int, int, int, int] = (128, 64, 4, 3)
-    dense_dq: tuple[int, int, int, int] = (64, 64, 4, 3)
-    dense_dkv: tuple[int, int, int, int] = (64, 64, 4, 3)
+    dense_forward: tuple[int, int, int, int] = (64, 64, 4, 3)
+    dense_dq: tuple[int, int, int, int] = (128, 64, 8, 3)
+    dense_dkv: tuple[int, int, int, int] = (64, 64, 4, 2)
 
 
 # Measured on one H100 80GB (bf16, shapes A and B of README.md). Spills decide at 128: one warp cannot hold the tiles.

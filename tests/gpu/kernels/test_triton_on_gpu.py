@@ -165,6 +165,13 @@ def test_future_and_other_documents_do_not_leak():
             assert torch.equal(before, after)
 
 
+def test_statistics_on_the_gpu_match_fp64():
+    leaves, _, spec, options = build((1000, 32, 2, 64, 16, 8, 300, 0), torch.bfloat16)
+    ours = kernels.attention_statistics(*leaves[:2], spec, **options)
+    truth = kernels.attention_statistics(*exact(leaves)[:2], spec, **options, backend="torch")
+    assert all(relative_error(a, b) < 1e-4 for a, b in zip(ours, truth, strict=True))
+
+
 def test_authors_selection_matches_the_torch_backend():
     leaves, _, _, _ = build((1500, 32, 2, 64, 16, 16, 0, 0), torch.float32)
     docs = documents(2, 1500, 600, seed=3).cuda()
