@@ -5,6 +5,7 @@ leaves older checkpoints as they are, and is reported instead of raised, so that
 go from their storage to the file piece by piece, and are hashed on the way, before the disk can lie about them.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -33,7 +34,7 @@ def save_checkpoint(
     state: dict,
     tokenizer_fingerprint: str,
 ) -> str | None:
-    """Commit `run/checkpoints/step-XXXXXXXX`. Every rank calls. Returns None, or why nothing was committed, on all ranks."""
+    """Commit `run/checkpoints/step-XXXXXXXX`. Every rank calls; every rank gets None, or a sentence that says what failed."""
     final = step_folder(run, step)
     temporary = final.with_name(f".tmp-{final.name}")
     error, share = None, {}
@@ -44,7 +45,7 @@ def save_checkpoint(
         except OSError as problem:
             error = f"rank 0: {problem}"
     if error := context.agree(error):
-        return error
+        return f"not written: {error}"
     try:
         name = f"rank-{context.rank:05d}.safetensors"
         pieces = _pieces(optimizer, context)
@@ -68,20 +69,32 @@ def save_checkpoint(
             _commit(temporary, final, manifest)
         except OSError as problem:
             error = f"rank 0: {problem}"
-    error = context.agree(error)
-    if error and context.is_writer:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return error
+    if error := context.agree(error):
+        if context.is_writer:
+            shutil.rmtree(temporary, ignore_errors=True)
+        return f"not written: {error}"
+    if context.is_writer:
+        try:
+            _point_latest_at(final)
+        except OSError as problem:  # a signpost for people: loaders look at the folders themselves
+            error = f"committed, but `{LATEST}` could not be pointed at it: {problem}"
+    return context.agree(error)
 
 
 def prune(run: Path, keep: int) -> None:
-    """Remove all but the `keep` newest committed checkpoints, and what a killed save left. Rank 0 only."""
+    """Remove all but the `keep` newest committed checkpoints, and what a killed save left. Rank 0 only.
+
+    What cannot be removed stays: an error here must not end training.
+    """
     for path in committed(run)[keep:]:
-        doomed = path.with_name(f".tmp-old-{path.name}")  # renamed first: half a checkpoint must not look like one
-        path.rename(doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            path.rename(path.with_name(f".tmp-old-{path.name}"))  # first: half a checkpoint must not look like one
     for path in (run / "checkpoints").glob(".tmp-*"):
-        shutil.rmtree(path, ignore_errors=True)
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            with contextlib.suppress(OSError):
+                path.unlink()
 
 
 def write_safetensors(path: Path, tensors: dict[str, Tensor]) -> StoredFile:
@@ -160,6 +173,9 @@ def _commit(temporary: Path, final: Path, manifest: Manifest) -> None:
         shutil.rmtree(final)
     temporary.rename(final)
     _sync_folder(final.parent)
+
+
+def _point_latest_at(final: Path) -> None:
     pointer = final.parent / f".tmp-{LATEST}"
     _write_durably(pointer, final.name + "\n")
     pointer.rename(final.parent / LATEST)

@@ -98,7 +98,9 @@ def _read_yaml(name_or_path: str) -> dict:
                 remedy=f"{hint}packaged recipes: {', '.join(packaged_recipes())}; or give the path of a .yaml file",
             )
     try:
-        values = yaml.safe_load(path.read_text())
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"recipe {path} is not UTF-8 text: {error}", remedy="give a YAML file") from None
     except OSError as error:
         raise ConfigError(f"recipe {path} cannot be read: {error.strerror}", remedy="check the path") from None
     except yaml.YAMLError as error:

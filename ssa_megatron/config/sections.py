@@ -26,6 +26,14 @@ class RopeScaling(Section):
     original_max_position_embeddings: int = Field(8192, ge=1)
     """Tokens; the context length trained on before scaling."""
 
+    @model_validator(mode="after")
+    def _consistent(self):
+        if self.high_freq_factor <= self.low_freq_factor:
+            raise ValueError(
+                f"high_freq_factor={self.high_freq_factor} must be greater than low_freq_factor={self.low_freq_factor}"
+            )
+        return self
+
 
 class Model(Section):
     """The transformer. Sizes of the paper: method.md's table; ours in recipes/."""

@@ -25,7 +25,6 @@ from ssa_megatron.train.run_folder import claim
 from ssa_megatron.train.schedule import learning_rate
 from ssa_megatron.train.signals import StopRequest
 from ssa_megatron.train.step import train_step
-from ssa_megatron.zero.ds_config import deepspeed_config
 from ssa_megatron.zero.optimizer import ShardedOptimizer
 
 
@@ -60,7 +59,7 @@ def train(recipe: Recipe, run: Path) -> int:
     console = Console(total_steps=recipe.train.steps, interval=recipe.logging.interval, enabled=context.is_writer)
     sizes = f"tensor {context.tensor_size}, data {context.data_size}"
     console.phase(f"{context.world} process(es) on {context.device.type}, {sizes}")
-    folder = claim(run, recipe, tokenizer.path, deepspeed_config(recipe, context.data_size), context)
+    folder = claim(run, recipe, context)
     if recipe.train.deterministic:
         torch.use_deterministic_algorithms(True)
 
@@ -80,6 +79,7 @@ def train(recipe: Recipe, run: Path) -> int:
         read_ahead=recipe.data.read_ahead,
     )
     progress = _restore(run, recipe, tokenizer.fingerprint, optimizer, rows, context, console)
+    context.on_writer(lambda: folder.record(recipe, tokenizer.path, optimizer.config, context))
     train_split = info.split("train")
     console.phase(f"data: {train_split.tokens:,} tokens in {train_split.rows:,} rows; starting at step {progress.step}")
 
@@ -108,7 +108,8 @@ def train(recipe: Recipe, run: Path) -> int:
                     f"{progress.skipped_in_a_row} steps in a row had a non-finite loss or gradient; the last is step "
                     f"{done}, rows {rows.samples_seen - recipe.train.global_batch_rows}..{rows.samples_seen - 1} "
                     "of the stream",
-                    remedy="look at those rows and at the learning rate; checkpoints up to the first of them are good",
+                    remedy="look at those rows and at the learning rate; to go on from an earlier step, move newer "
+                    f"checkpoints out of {run / 'checkpoints'}",
                 )
             if stopping:
                 console.say(
@@ -168,16 +169,22 @@ def _restore(run, recipe, fingerprint, optimizer, rows, context, console: Consol
 
 
 def _save(run, recipe, fingerprint, optimizer, rows, context, console: Console, progress: Progress) -> None:
+    # While steps are being skipped the weights may be what makes them non-finite: such a checkpoint must not push good ones
+    # out. The last step of a run is kept beside them, not instead of them.
+    skipping = progress.skipped_in_a_row > 0
+    if skipping and progress.step < recipe.train.steps:
+        console.say(
+            f"  no checkpoint at step {progress.step}: it was skipped, and older checkpoints are the safer ones"
+        )
+        return
     began = time.monotonic()
     state = {**asdict(progress), "data": rows.state_dict()}
     problem = save_checkpoint(
         run, optimizer, recipe, context, step=progress.step, state=state, tokenizer_fingerprint=fingerprint
     )
     if problem:
-        console.say(
-            f"CHECKPOINT of step {progress.step} NOT WRITTEN: {problem}; training goes on, older checkpoints are intact"
-        )
+        console.say(f"CHECKPOINT of step {progress.step} {problem}; training goes on, older checkpoints are intact")
         return
-    if context.is_writer:
+    if context.is_writer and not skipping:
         prune(run, recipe.checkpoint.keep)
     console.say(f"  checkpoint step {progress.step} committed in {time.monotonic() - began:.2f} s")

@@ -57,28 +57,28 @@ class RunFolder:
         handle.flush()
         self._lock = handle
 
-
-def claim(path: Path, recipe: Recipe, tokenizer: Path, ds_config: dict, context: ParallelContext) -> RunFolder:
-    """Own `path` for `recipe`. New: record recipe, environment, DeepSpeed config and tokenizer. Old: it must be the same run.
-
-    Raises RunFolderError, on every rank.
-    """
-    folder = RunFolder(path)
-
-    def take() -> None:
-        folder.lock()
-        _check_same_run(folder, recipe)
+    def record(self, recipe: Recipe, tokenizer: Path, ds_config: dict, context: ParallelContext) -> None:
+        """Write down what is about to run, once nothing can refuse it any more; the tokenizer when there is none yet."""
         for name, content in {
             "config.yaml": dump_recipe(recipe),
             "environment.json": json.dumps(_environment(context), indent=1),
             "ds_config.json": json.dumps(ds_config, indent=1),
         }.items():
-            temporary = path / f".tmp-{name}"
+            temporary = self.path / f".tmp-{name}"
             temporary.write_text(content)
-            temporary.rename(path / name)
-        if not folder.tokenizer.exists():
-            shutil.copyfile(tokenizer, path / ".tmp-tokenizer")
-            (path / ".tmp-tokenizer").rename(folder.tokenizer)
+            temporary.rename(self.path / name)
+        if not self.tokenizer.exists():
+            shutil.copyfile(tokenizer, self.path / ".tmp-tokenizer")
+            (self.path / ".tmp-tokenizer").rename(self.tokenizer)
+
+
+def claim(path: Path, recipe: Recipe, context: ParallelContext) -> RunFolder:
+    """Own `path` for `recipe`, which must be the one it was begun with. Raises RunFolderError, on every rank."""
+    folder = RunFolder(path)
+
+    def take() -> None:
+        folder.lock()
+        _check_same_run(folder, recipe)
 
     context.on_writer(take)
     return folder

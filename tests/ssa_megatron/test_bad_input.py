@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import pipelines
+from ssa_megatron.checkpoint.manifest import committed
 from ssa_megatron.train.metrics import read_metrics
 from ssa_megatron.train.run_folder import RunFolder
 from ssa_megatron.train.schedule import learning_rate
@@ -138,7 +139,11 @@ CASES = {
     ),
     "training that explodes": (
         STOPPED,
-        lambda p: p.train("optimizer.lr=1e37", "train.steps=9", "schedule.warmup_fraction=0", into=p.copies["exploded"]),
+        lambda p: p.train(
+            *("optimizer.lr=1e37", "train.steps=9", "schedule.warmup_fraction=0"),
+            *("checkpoint.interval=1", "checkpoint.keep=1"),
+            into=p.copies["exploded"],
+        ),
         ["3 steps in a row had a non-finite loss or gradient", "of the stream", "learning rate"],
     ),
     "corpus missing": (DATA, lambda p: _prepare(p, f"{p.root}/no-text.txt"), ["no-text.txt", "remedy"]),
@@ -205,6 +210,16 @@ def test_a_refused_run_folder_keeps_every_byte_of_its_run(answers, place):
 
     assert contents(place.copies["untouched"]) == contents(place.trained)
     assert contents(place.copies["busy"]) == contents(place.trained)
+    for refused in ("foreign data", "foreign tokenizer"):
+        assert contents(place.copies[refused]) == contents(place.trained)
+
+
+def test_checkpoints_from_before_an_explosion_are_not_pushed_out_by_those_of_skipped_steps(answers, place):
+    lines = read_metrics(place.copies["exploded"] / "metrics.jsonl")
+    last_applied = max(line["step"] for line in lines if line["applied"])
+    kept = [int(path.name[5:]) for path in committed(place.copies["exploded"])]
+    assert kept == [last_applied]
+    assert f"no checkpoint at step {lines[-1]['step']}: it was skipped" in answers["training that explodes"]["output"]
 
 
 def test_a_damaged_newest_checkpoint_is_passed_over_with_a_line_and_the_run_ends_as_it_would_have(answers, place):

@@ -316,7 +316,7 @@ def test_a_full_disk_is_reported_and_leaves_everything_as_it_was(run, trained, a
         problem = save(run, trained, alone, 4)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert problem.startswith("rank 0: ")
+    assert problem.startswith("not written: rank 0: ")
     assert "File too large" in problem
     assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == before
     assert entries(run) == ["latest", "step-00000002", "step-00000003"]
@@ -380,6 +380,27 @@ def test_prune_keeps_the_newest_and_clears_what_a_killed_save_left(run, trained,
     steps = [100_000_000, 4, 3, 2][:keep]
     assert [int(path.name[5:]) for path in committed(run)] == steps
     assert entries(run) == sorted(["latest", *(f"step-{step:08d}" for step in steps)])
+
+
+def test_a_pointer_that_cannot_be_written_is_told_and_the_checkpoint_counts(run, trained, alone, monkeypatch):
+    def refuse(final):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(writer, "_point_latest_at", refuse)
+    assert "committed, but `latest` could not be pointed at it" in save(run, trained, alone, 4)
+    assert newest_valid(run, alone)[0].content.step == 4
+    prune(run, 1)
+    assert entries(run) == ["latest", "step-00000004"]
+
+
+def test_a_prune_that_cannot_remove_does_not_end_training(run, monkeypatch):
+    def refuse(self, target):
+        raise OSError(errno.EACCES, os.strerror(errno.EACCES))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", refuse)
+        prune(run, 1)
+    assert [path.name for path in committed(run)] == ["step-00000003", "step-00000002"]
 
 
 def test_a_prune_that_is_killed_leaves_no_half_folder_that_looks_committed(run, alone, monkeypatch):

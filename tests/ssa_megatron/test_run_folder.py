@@ -55,7 +55,9 @@ def tokenizer_file(tmp_path):
 
 
 def take(run, recipe, tokenizer_file, context) -> RunFolder:
-    return claim(run, recipe, tokenizer_file, deepspeed_config(recipe, 1), context)
+    folder = claim(run, recipe, context)
+    folder.record(recipe, tokenizer_file, deepspeed_config(recipe, 1), context)
+    return folder
 
 
 # -------------------------------------------------------------------------------------------------------- ownership
