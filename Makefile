@@ -17,7 +17,7 @@ $(VENV)/.ready: requirements.txt pyproject.toml pipelines/compat/torchvision_gua
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if v in ((3, 11), (3, 12)) else f"Python 3.11 or 3.12 is needed, $(PYTHON) is {v[0]}.{v[1]}: make setup PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet --requirement requirements.txt
-	$(BIN)/python -W ignore -c 'import torch, streaming, transformers, deepspeed, megatron.core, sentencepiece; v = torch.__version__; assert v.startswith("2.13.0"), f"torch is {v}, not 2.13.0: something replaced it"'
+	DS_ACCELERATOR=cpu $(BIN)/python -W ignore -c 'import torch, streaming, transformers, deepspeed, megatron.core, sentencepiece; v = torch.__version__; assert v.startswith("2.13.0"), f"torch is {v}, not 2.13.0: something replaced it"'
 	@touch $@
 
 demo: setup  ## the whole arc in a few minutes: text to a Hugging Face model, with a kill and a resume

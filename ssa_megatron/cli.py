@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 
 from pipelines.errors import DataError
+from ssa_megatron import __version__
 from ssa_megatron.errors import ConfigError, DataProblem, SSAError
 
 app = typer.Typer(
@@ -45,6 +46,8 @@ def train(
     from ssa_megatron.parallel.context import world_size
 
     topology.check(resolved, world_size())
+    if int(os.environ.get("RANK", "0")) == 0:  # the imports below take seconds, and silence looks like a hang
+        print(f"ssa {__version__}: recipe {resolved.name}, {world_size()} process(es); loading libraries", flush=True)
     from ssa_megatron.train.loop import train as run_training
 
     raise typer.Exit(run_training(resolved, run or Path("runs") / resolved.name))
