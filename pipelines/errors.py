@@ -15,6 +15,9 @@ class DataError(Exception):
         self.problem, self.remedy = problem, remedy
         super().__init__(problem + (f"\n  remedy: {remedy}" if remedy else ""))
 
+    def __reduce__(self):  # errors travel between processes, and the kinds differ in their arguments
+        return _rebuild, (type(self), self.args, self.__dict__)
+
 
 class CorpusError(DataError):
     """The text to prepare is missing, empty or not readable; names file and line."""
@@ -39,3 +42,10 @@ class ShardError(DatasetError):
         self.shard = str(shard)
         remedy = remedy or "restore this file from a copy, or prepare the dataset again from its corpus"
         super().__init__(f"shard {self.shard}: {problem}", remedy=remedy)
+
+
+def _rebuild(kind: type[DataError], args: tuple, state: dict) -> DataError:
+    error = kind.__new__(kind)
+    error.args = args
+    error.__dict__.update(state)
+    return error

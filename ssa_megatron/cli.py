@@ -13,6 +13,7 @@ from typing import Annotated
 
 import typer
 
+from kernels.spec import KernelArgumentError
 from pipelines.errors import DataError
 from ssa_megatron import __version__
 from ssa_megatron.errors import ConfigError, DataProblem, SSAError
@@ -211,6 +212,8 @@ def main() -> None:
         sys.exit(130)
     except DataError as error:
         _fail(DataProblem(error.problem, remedy=error.remedy))
+    except KernelArgumentError as error:
+        _fail(ConfigError(str(error), remedy="change the attention section of the recipe"))
     except SSAError as error:
         _fail(error)
     except Exception as error:
@@ -222,8 +225,13 @@ def main() -> None:
 
 
 def _fail(error: SSAError) -> None:
-    if int(os.environ.get("RANK", "0")) == 0 or not isinstance(error, ConfigError | DataProblem):
+    # Once the ranks have met, an error is the same on all of them; before, it is a node's own. Once a node is enough.
+    if int(os.environ.get("LOCAL_RANK", "0")) == 0:
         print(f"error: {error}", file=sys.stderr, flush=True)
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_initialized():
+        sys.stdout.flush()
+        os._exit(error.exit_code)  # destructors of process groups in use abort the process and hide the exit code
     sys.exit(error.exit_code)
 
 

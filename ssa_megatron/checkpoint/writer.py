@@ -81,12 +81,14 @@ def save_checkpoint(
     return context.agree(error)
 
 
-def prune(run: Path, keep: int) -> None:
-    """Remove all but the `keep` newest committed checkpoints, and what a killed save left. Rank 0 only.
+def prune(run: Path, keep: int, *, newest: int) -> None:
+    """Remove all but the `keep` newest checkpoints up to step `newest`, and what a killed save left. Rank 0 only.
+
+    Folders of later steps were passed over by the resume that led here: they count for nothing and are left to a person.
 
     What cannot be removed stays: an error here must not end training.
     """
-    for path in committed(run)[keep:]:
+    for path in [path for path in committed(run) if int(path.name.removeprefix("step-")) <= newest][keep:]:
         with contextlib.suppress(OSError):
             path.rename(path.with_name(f".tmp-old-{path.name}"))  # first: half a checkpoint must not look like one
     for path in (run / "checkpoints").glob(".tmp-*"):

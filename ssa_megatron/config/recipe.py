@@ -4,10 +4,11 @@ The resolved recipe is the single source of truth of a run; everything else (Meg
 from it. Unknown keys, mistyped values and impossible combinations are refused with the field, the value and the remedy.
 """
 
-import contextlib
 import difflib
 import hashlib
 import json
+import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import get_args
@@ -88,9 +89,9 @@ def differences(old: dict, new: dict, prefix: str = "") -> list[str]:
 
 def _read_yaml(name_or_path: str) -> dict:
     path = Path(name_or_path)
-    if not path.suffix and not path.is_file():
+    if not path.suffix and not os.path.isfile(path):  # which says no to a name too long for the file system
         path = RECIPES / f"{name_or_path}.yaml"
-        if not path.is_file():
+        if not os.path.isfile(path):
             close = difflib.get_close_matches(name_or_path, packaged_recipes(), n=1)
             hint = f"did you mean {close[0]!r}? " if close else ""
             raise ConfigError(
@@ -99,8 +100,8 @@ def _read_yaml(name_or_path: str) -> dict:
             )
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"recipe {path} is not UTF-8 text: {error}", remedy="give a YAML file") from None
+    except (UnicodeDecodeError, yaml.reader.ReaderError) as error:
+        raise ConfigError(f"recipe {path} is not text: {error}", remedy="give a YAML file") from None
     except OSError as error:
         raise ConfigError(f"recipe {path} cannot be read: {error.strerror}", remedy="check the path") from None
     except yaml.YAMLError as error:
@@ -124,8 +125,7 @@ def _apply_override(values: dict, override: str) -> None:
     except yaml.YAMLError as error:
         raise ConfigError(f"override {override!r}: the value is not valid YAML: {error}", remedy="quote it") from None
     if isinstance(value, str):  # YAML 1.1 reads 1e-3 as a string; a learning rate is a number
-        with contextlib.suppress(ValueError):
-            value = float(value)
+        value = float(value) if re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value) else value
     section = values
     for part in parts[:-1]:
         section = section.setdefault(part, {})

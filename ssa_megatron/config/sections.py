@@ -7,13 +7,21 @@ checked by `parallel/topology.py`.
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 
 class Section(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False
     )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_for_a_number(cls, value, info):
+        # pydantic reads true as 1, and a run of one step is not what anybody meant
+        if isinstance(value, bool) and cls.model_fields[info.field_name].annotation in (int, float):
+            raise ValueError("Input should be a number, not a truth value")
+        return value
 
 
 class RopeScaling(Section):
@@ -90,6 +98,15 @@ class Attention(Section):
     backend: Literal["auto", "triton", "torch"] = "auto"
     """Which implementation of `kernels` runs; `auto` is the fast one proven on the device at hand."""
 
+    @model_validator(mode="after")
+    def _consistent(self):
+        if self.topk == "authors" and (self.block_size, self.block_count) != (16, 16):
+            raise ValueError(
+                f"topk=authors exists for block_size=16 and block_count=16 only, "
+                f"not block_size={self.block_size}, block_count={self.block_count}"
+            )
+        return self
+
 
 class Parallel(Section):
     """How the model is cut over processes. Data parallelism is what remains of the world."""
@@ -117,7 +134,7 @@ class Data(Section):
 
     path: str | None = None
     """Folder with dataset.json, train/ and validation/."""
-    read_ahead: int = Field(2, ge=0)
+    read_ahead: int = Field(2, ge=0, le=64)
     """Micro-batches read in advance by a thread; 0 reads when asked."""
     shuffle: bool = True
 
@@ -159,7 +176,7 @@ class Train(Section):
     """Rows of one optimizer step, over all data-parallel ranks and micro-batches."""
     micro_batch_rows: int = Field(ge=1)
     """Rows of one forward pass on one rank; what fits in memory."""
-    seed: int = Field(1234, ge=0)
+    seed: int = Field(1234, ge=0, lt=2**63)
     """Decides initial weights, order of samples and trunk draws."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """bf16: bf16 compute, fp32 gradient accumulation and fp32 master weights."""

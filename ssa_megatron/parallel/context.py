@@ -75,6 +75,18 @@ class ParallelContext:
             raise error
         return result
 
+    def together(self, action: Callable[[], Any]) -> Any:
+        """Run `action` on every rank; each gets its own result, or all raise the error that the lowest failing rank met."""
+        result, error = None, None
+        try:
+            result = action()
+        except Exception as problem:  # raised again below, on all ranks: none of them may wait for the others
+            error = problem
+        first = next((e for e in self.gather(error) if e is not None), None)
+        if first is not None:
+            raise first
+        return result
+
     def gather(self, value: Any) -> list[Any]:
         """Every rank's `value`, on every rank, in rank order."""
         values = [None] * self.world
@@ -87,11 +99,14 @@ class ParallelContext:
         dist.all_reduce(box, op=dist.ReduceOp.MAX, group=self.host_group)
         return bool(box.item())
 
-    def sum(self, *values: float) -> list[float]:
-        """Sums over the data-parallel ranks in fp64, the same on all of them."""
-        box = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(box, group=self.data_group)
-        return box.tolist()
+    def sum(self, value: float, error: Exception | None = None) -> float:
+        """The sum of the data-parallel ranks' values, fp64, the same on every rank; if a rank has an error, all raise it."""
+        box = torch.tensor((value, float(error is not None)), dtype=torch.float64)
+        dist.all_reduce(box, group=self.host_group)
+        total, failed = box.tolist()
+        if failed:
+            raise next(e for e in self.gather(error) if e is not None)
+        return total / (self.world // self.data_size)
 
 
 class Mpu:

@@ -60,8 +60,7 @@ def _read(run: Path, extra: dict) -> _Run:
     recipe = read_recipe(run)
     problems: list[str] = []
     metrics = run / "metrics.jsonl"
-    found = read_metrics(metrics) if metrics.is_file() else []
-    lines = [line for line in found if isinstance(line, dict) and type(line.get("step")) is int]
+    lines = read_metrics(metrics, skip_damaged=True) if metrics.is_file() else []
     lines.sort(key=lambda line: line["step"])
     environment = _json(run / "environment.json", problems)
     if not environment:

@@ -22,13 +22,14 @@ def evaluate(model: SSAModel, recipe: Recipe, context: ParallelContext) -> dict[
     """
     model.eval()
     trunks = {"loss_full": "full", "loss_sparse": "sparse"} if recipe.attention.kind == "ssa" else {"loss": "full"}
+    rows = context.together(lambda: list(_rows(recipe, context)))
     results = {}
     for position, (name, trunk) in enumerate(trunks.items()):
         totals = torch.zeros(5, dtype=torch.float64, device=context.device)  # ce, tokens, alignment, sparsity, entropy
         batches = 0
-        for rows in _rows(recipe, context):
+        for drawn in rows:
             batch = SSABatch.pack(
-                recipe, rows.tokens, rows.doc_starts, trunk=trunk, alignment_scale=0.0, device=context.device
+                recipe, drawn.tokens, drawn.doc_starts, trunk=trunk, alignment_scale=0.0, device=context.device
             )
             batch.wants_statistics = position == 0
             losses = model(batch.tokens, None, None, labels=batch.labels, packed_seq_params=batch)

@@ -14,7 +14,7 @@ import pipelines
 from ssa_megatron.checkpoint.reader import load_into, newest_valid
 from ssa_megatron.checkpoint.writer import prune, save_checkpoint
 from ssa_megatron.config import Recipe, digest
-from ssa_megatron.errors import EXIT_REQUEUE, CheckpointError, ConfigError, TrainingStopped
+from ssa_megatron.errors import EXIT_REQUEUE, CheckpointError, ConfigError, EnvironmentProblem, TrainingStopped
 from ssa_megatron.model.build import build_model
 from ssa_megatron.parallel import context as parallel
 from ssa_megatron.parallel import cpu
@@ -44,7 +44,6 @@ class Progress:
 
 def train(recipe: Recipe, run: Path) -> int:
     """Train to the end, or to a signal. Returns the exit code: 0, or 75 when a signal asked for an orderly end."""
-    stop = StopRequest().listen()
     if recipe.data.path is None:
         raise ConfigError("data.path is not given", remedy="data.path=FOLDER, a folder written by `ssa data prepare`")
     info = pipelines.load_dataset_info(recipe.data.path)
@@ -55,10 +54,16 @@ def train(recipe: Recipe, run: Path) -> int:
         vocab_size=recipe.model.vocab_size,
         row_length=recipe.train.sequence_length,
     )
+    if recipe.train.eval_interval:
+        _check_evaluation(recipe, info)
     context = parallel.initialize(recipe)
+    stop = StopRequest().listen()
+    if recipe.attention.backend == "triton" and context.device.type == "cpu":
+        raise ConfigError("attention.backend=triton needs a CUDA device", remedy="attention.backend=auto")
     console = Console(total_steps=recipe.train.steps, interval=recipe.logging.interval, enabled=context.is_writer)
     sizes = f"tensor {context.tensor_size}, data {context.data_size}"
     console.phase(f"{context.world} process(es) on {context.device.type}, {sizes}")
+    rows = context.together(lambda: _open_stream(recipe, context))
     folder = claim(run, recipe, context)
     if recipe.train.deterministic:
         torch.use_deterministic_algorithms(True)
@@ -67,26 +72,15 @@ def train(recipe: Recipe, run: Path) -> int:
     optimizer = ShardedOptimizer(model, recipe, context)
     count = sum(p.numel() for p in model.parameters())
     console.phase(f"model built: {recipe.attention.kind} attention, {count:,} parameters on this rank")
-    rows = pipelines.TrainStream(
-        recipe.data.path,
-        "train",
-        micro_batch_rows=recipe.train.micro_batch_rows,
-        global_batch_rows=recipe.train.global_batch_rows,
-        data_parallel_rank=context.data_rank,
-        data_parallel_size=context.data_size,
-        seed=recipe.train.seed,
-        shuffle=recipe.data.shuffle,
-        read_ahead=recipe.data.read_ahead,
-    )
     progress = _restore(run, recipe, tokenizer.fingerprint, optimizer, rows, context, console)
     context.on_writer(lambda: folder.record(recipe, tokenizer.path, optimizer.config, context))
     train_split = info.split("train")
     console.phase(f"data: {train_split.tokens:,} tokens in {train_split.rows:,} rows; starting at step {progress.step}")
 
-    metrics = None
-    if context.is_writer:
-        board = folder.tensorboard if recipe.logging.tensorboard else None
-        metrics = Metrics(folder.metrics, resume_step=progress.step, tensorboard=board)
+    board = folder.tensorboard if recipe.logging.tensorboard else None
+    metrics = context.together(
+        lambda: Metrics(folder.metrics, resume_step=progress.step, tensorboard=board) if context.is_writer else None
+    )
     console.start()
     try:
         while progress.step < recipe.train.steps:
@@ -98,11 +92,16 @@ def train(recipe: Recipe, run: Path) -> int:
                 found = evaluate(model, recipe, context)
                 values |= {f"eval/{name}": value for name, value in found.items()}
                 console.say("  evaluation: " + "  ".join(f"{name} {value:.4f}" for name, value in found.items()))
-            if metrics is not None:
-                metrics.write(done, values)
+            if metrics is not None and (problem := metrics.write(done, values)):
+                console.say(problem)
             stopping = context.any(stop.received is not None)
             if done % recipe.checkpoint.interval == 0 or last or stopping:
-                _save(run, recipe, tokenizer.fingerprint, optimizer, rows, context, console, progress)
+                saved = _save(run, recipe, tokenizer.fingerprint, optimizer, rows, context, console, progress)
+                if not saved and (last or stopping):
+                    raise EnvironmentProblem(
+                        f"the run ends at step {done} and its checkpoint could not be written (see above)",
+                        remedy=f"make room at {run}, then give the same command again",
+                    )
             if progress.skipped_in_a_row >= recipe.train.max_skipped_steps:
                 raise TrainingStopped(
                     f"{progress.skipped_in_a_row} steps in a row had a non-finite loss or gradient; the last is step "
@@ -112,15 +111,16 @@ def train(recipe: Recipe, run: Path) -> int:
                     f"checkpoints out of {run / 'checkpoints'}",
                 )
             if stopping:
-                console.say(
-                    f"stopped by {stop.received.name if stop.received else 'a signal to another rank'} at step {done}"
-                )
-                return EXIT_REQUEUE
+                who = stop.received.name if stop.received else "a signal to another rank"
+                console.say(f"stopped by {who} at step {done}; the same command continues")
+                break
     finally:
         if metrics is not None:
             metrics.close()
         rows.close()
     parallel.finalize()
+    if progress.step < recipe.train.steps:
+        return EXIT_REQUEUE
     memory = cpu.peak_memory() / 2**30
     console.phase(
         f"done: {recipe.train.steps} steps, {progress.tokens:,} tokens, {memory:.2f} GiB at most; run folder {run}"
@@ -163,12 +163,45 @@ def _restore(run, recipe, fingerprint, optimizer, rows, context, console: Consol
     state = dict(content.state)
     rows.load_state_dict(state.pop("data"))
     progress = Progress(**state)
+    if progress.skipped_in_a_row >= recipe.train.max_skipped_steps:
+        raise TrainingStopped(
+            f"{checkpoint.folder} was written after {progress.skipped_in_a_row} steps in a row with a non-finite loss",
+            remedy="move it away to go on from the checkpoint before it",
+        )
     load_into(checkpoint, optimizer, applied_steps=progress.applied_steps)
     console.phase(f"restored {checkpoint.folder.name}")
     return progress
 
 
-def _save(run, recipe, fingerprint, optimizer, rows, context, console: Console, progress: Progress) -> None:
+def _check_evaluation(recipe: Recipe, info) -> None:
+    """An evaluation that cannot be done is refused before training, not at its first interval."""
+    split = info.splits.get("validation")
+    have = split.rows if split else 0
+    if have < recipe.train.eval_rows:
+        raise ConfigError(
+            f"train.eval_rows={recipe.train.eval_rows}, but the validation split of {recipe.data.path} has {have} rows",
+            remedy=f"train.eval_rows={have}"
+            if have
+            else "train.eval_interval=0, or prepare with a validation fraction",
+        )
+
+
+def _open_stream(recipe: Recipe, context: parallel.ParallelContext) -> pipelines.TrainStream:
+    return pipelines.TrainStream(
+        recipe.data.path,
+        "train",
+        micro_batch_rows=recipe.train.micro_batch_rows,
+        global_batch_rows=recipe.train.global_batch_rows,
+        data_parallel_rank=context.data_rank,
+        data_parallel_size=context.data_size,
+        seed=recipe.train.seed,
+        shuffle=recipe.data.shuffle,
+        read_ahead=recipe.data.read_ahead,
+    )
+
+
+def _save(run, recipe, fingerprint, optimizer, rows, context, console: Console, progress: Progress) -> bool:
+    """Whether a checkpoint of this step, or a safer older one, is committed."""
     # While steps are being skipped the weights may be what makes them non-finite: such a checkpoint must not push good ones
     # out. The last step of a run is kept beside them, not instead of them.
     skipping = progress.skipped_in_a_row > 0
@@ -183,8 +216,9 @@ def _save(run, recipe, fingerprint, optimizer, rows, context, console: Console, 
         run, optimizer, recipe, context, step=progress.step, state=state, tokenizer_fingerprint=fingerprint
     )
     if problem:
-        console.say(f"CHECKPOINT of step {progress.step} {problem}; training goes on, older checkpoints are intact")
-        return
+        console.say(f"CHECKPOINT of step {progress.step} {problem}; older checkpoints are intact")
+        return problem.startswith("committed")
     if context.is_writer and not skipping:
-        prune(run, recipe.checkpoint.keep)
+        prune(run, recipe.checkpoint.keep, newest=progress.step)
     console.say(f"  checkpoint step {progress.step} committed in {time.monotonic() - began:.2f} s")
+    return True

@@ -4,12 +4,16 @@ Floats are written so that they read back to the same bits. Opening for a resume
 a last line torn by a kill.
 """
 
+import contextlib
 import json
+import os
 from pathlib import Path
+
+from ssa_megatron.errors import RunFolderError
 
 
 class Metrics:
-    """Append-only writer; used by the writer rank alone."""
+    """Append-only writer; used by the writer rank alone. A full disk delays lines, it does not lose them or end training."""
 
     def __init__(self, path: Path, *, resume_step: int, tensorboard: Path | None):
         """Steps up to and including `resume_step` stay; `tensorboard` is the event folder, or None."""
@@ -17,34 +21,70 @@ class Metrics:
         temporary = path.with_name(f".tmp-{path.name}")
         temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
         temporary.rename(path)
-        self._file = path.open("a")
+        self._file = path.open("ab", buffering=0)
+        self._waiting = b""
         self._board = None
         if tensorboard is not None:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._board = SummaryWriter(str(tensorboard), purge_step=resume_step + 1 if resume_step else None)
+            self._board = SummaryWriter(str(tensorboard), purge_step=resume_step + 1)
 
-    def write(self, step: int, values: dict) -> None:
-        """`values` of one step; numbers and strings. Flushed: a line is there once the step is over."""
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
-        if self._board is not None:
-            for name, value in values.items():
-                if isinstance(value, int | float):
-                    self._board.add_scalar(name, value, step)
+    def write(self, step: int, values: dict) -> str | None:
+        """`values` of one step; numbers and strings. The line is in the file when this returns, or it returns why not."""
+        self._waiting += json.dumps({"step": step, **values}).encode() + b"\n"
+        problem = self._append()
+        try:
+            if self._board is not None:
+                for name, value in values.items():
+                    if isinstance(value, int | float):
+                        self._board.add_scalar(name, value, step)
+        except OSError as error:
+            self._board = None
+            problem = problem or f"TensorBoard is off from here on: {error}"
+        return problem
+
+    def _append(self) -> str | None:
+        before = os.fstat(self._file.fileno()).st_size
+        try:
+            written = self._file.write(self._waiting)
+        except OSError as error:
+            written, problem = -1, str(error)
+        else:
+            problem = "the disk took a part of the line only"
+        if written == len(self._waiting):
+            self._waiting = b""
+            return None
+        os.ftruncate(self._file.fileno(), before)  # no torn line in the middle of the file; it is written again later
+        return f"metrics wait in memory: {problem}"
 
     def close(self) -> None:
+        """Write what waits, if it can be written."""
+        if self._waiting:
+            self._append()
         self._file.close()
         if self._board is not None:
-            self._board.close()
+            with contextlib.suppress(OSError):
+                self._board.close()
 
 
-def read_metrics(path: Path) -> list[dict]:
-    """All whole lines, in order; a torn last line is left out."""
+def read_metrics(path: Path, *, skip_damaged: bool = False) -> list[dict]:
+    """All lines, in order; a last line torn by a kill is left out.
+
+    Raises RunFolderError naming any other damaged line, or leaves it out with `skip_damaged`, for those who only look.
+    """
     lines = []
-    for text in path.read_text().splitlines():
+    texts = path.read_text(errors="replace").splitlines()
+    for number, text in enumerate(texts, 1):
         try:
-            lines.append(json.loads(text))
-        except ValueError:
-            break
+            line = json.loads(text)
+            if not isinstance(line, dict) or not isinstance(line.get("step"), int):
+                raise ValueError("not a step")
+            lines.append(line)
+        except ValueError as error:
+            if skip_damaged or number == len(texts):
+                continue
+            raise RunFolderError(
+                f"{path}, line {number}, is damaged ({error})",
+                remedy="mend or remove that line; the lines after it are kept only if it can be read",
+            ) from None
     return lines

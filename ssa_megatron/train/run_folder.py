@@ -19,7 +19,7 @@ import yaml
 
 from ssa_megatron.config import Recipe, digest, dump_recipe
 from ssa_megatron.config.recipe import differences, resolve
-from ssa_megatron.errors import RunFolderError
+from ssa_megatron.errors import ConfigError, RunFolderError
 from ssa_megatron.parallel.context import ParallelContext
 
 
@@ -88,12 +88,16 @@ def read_recipe(path: Path) -> Recipe:
     """The resolved recipe of a run. Raises RunFolderError when `path` is not a run folder."""
     config = path / "config.yaml"
     try:
-        values = yaml.safe_load(config.read_text())
-    except (OSError, yaml.YAMLError) as error:
+        return resolve(yaml.safe_load(config.read_text()), origin=str(config))
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise RunFolderError(
             f"{path} is not a run folder: {config} cannot be read ({error})", remedy="check the path"
         ) from None
-    return resolve(values, origin=str(config))
+    except ConfigError as error:
+        raise RunFolderError(
+            f"{config} is damaged, or of another release:\n{error.problem}",
+            remedy="restore it from a copy, or give another folder",
+        ) from None
 
 
 def _check_same_run(folder: RunFolder, recipe: Recipe) -> None:

@@ -52,8 +52,12 @@ def train_step(
     """Consume this rank's micro-batches of global step `step` from `rows` and update at rate `lr`."""
     count = micro_batches(recipe, context.world)
     model.train()
-    batches = draw_batches(rows, recipe, context, step=step, count=count)
-    [counted] = context.sum(sum(int(batch.counted.sum()) for batch in batches))
+    batches, error = [], None
+    try:
+        batches = draw_batches(rows, recipe, context, step=step, count=count)
+    except Exception as problem:  # a damaged shard is seen by one rank; all of them stop here, with its name
+        error = problem
+    counted = context.sum(sum(int(batch.counted.sum()) for batch in batches), error)
     ce = forward_backward(model, batches, recipe, context, counted=counted)
     loss, alignment, sparse = reduce_losses(ce, batches, recipe, context, counted=counted)
     if not math.isfinite(loss + alignment):

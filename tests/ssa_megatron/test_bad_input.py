@@ -72,6 +72,11 @@ def _empty_file(place: Place) -> str:
     return str(place.root / "empty.txt")
 
 
+def _binary_recipe(place: Place) -> list[str]:
+    (place.root / "binary.yaml").write_bytes(b"\xff\xfe\x80name")
+    return ["train", str(place.root / "binary.yaml")]
+
+
 def _file(place: Place) -> Path:
     (place.root / "a-file").write_text("not a folder")
     return place.root / "a-file"
@@ -93,6 +98,21 @@ CASES = {
     "mistyped key": (CONFIG, lambda p: p.train("train.stepps=3"), ["train.stepps: unknown key", "mean 'steps'?"]),
     "impossible value": (CONFIG, lambda p: p.train("train.micro_batch_rows=3"), ["train.micro_batch_rows=3 must"]),
     "illegal topology": (CONFIG, lambda p: p.train("parallel.tensor=2"), ["world size", "1 process(es)", "lower"]),
+    "a truth value for a number": (CONFIG, lambda p: p.train("train.steps=true"), ["train.steps: ", "truth value"]),
+    "a seed no generator takes": (CONFIG, lambda p: p.train("train.seed=18446744073709551616"), ["train.seed: "]),
+    "a selection that does not exist": (CONFIG, lambda p: p.train("attention.topk=authors"), ["topk=authors exists for"]),
+    "kernels the machine cannot run": (
+        CONFIG,
+        lambda p: p.train("attention.backend=triton"),
+        ["attention.backend=triton needs a CUDA device"],
+    ),
+    "evaluation larger than the split": (
+        CONFIG,
+        lambda p: p.train("train.eval_interval=2", "train.eval_rows=100000"),
+        ["train.eval_rows=100000", "the validation split", "remedy: train.eval_rows="],
+    ),
+    "a recipe that is no text": (CONFIG, _binary_recipe, ["is not text"]),
+    "a recipe name too long for a file": (CONFIG, lambda p: ["train", "x" * 300], ["does not exist"]),
     "no dataset given": (CONFIG, lambda p: p.train("data.path=null"), ["data.path is not given", "ssa data prepare"]),
     "dataset missing": (
         DATA,

@@ -376,7 +376,7 @@ def test_prune_keeps_the_newest_and_clears_what_a_killed_save_left(run, trained,
     for step in (4, 100_000_000):
         assert save(run, trained, alone, step) is None
     (run / "checkpoints" / ".tmp-step-00000009").mkdir()
-    prune(run, keep)
+    prune(run, keep, newest=100_000_000)
     steps = [100_000_000, 4, 3, 2][:keep]
     assert [int(path.name[5:]) for path in committed(run)] == steps
     assert entries(run) == sorted(["latest", *(f"step-{step:08d}" for step in steps)])
@@ -389,8 +389,17 @@ def test_a_pointer_that_cannot_be_written_is_told_and_the_checkpoint_counts(run,
     monkeypatch.setattr(writer, "_point_latest_at", refuse)
     assert "committed, but `latest` could not be pointed at it" in save(run, trained, alone, 4)
     assert newest_valid(run, alone)[0].content.step == 4
-    prune(run, 1)
+    prune(run, 1, newest=99)
     assert entries(run) == ["latest", "step-00000004"]
+
+
+def test_pruning_after_a_fall_back_does_not_keep_rejected_later_checkpoints_instead_of_good_ones(run, trained, alone):
+    assert save(run, trained, alone, 6) is None
+    (run / "checkpoints" / "step-00000006" / SHARE).unlink()  # rejected: the run resumes from step 3 and saves step 4
+    assert save(run, trained, alone, 4) is None
+    prune(run, 1, newest=4)
+    assert [path.name for path in committed(run)] == ["step-00000006", "step-00000004"]
+    assert newest_valid(run, alone)[0].content.step == 4
 
 
 def test_a_prune_that_cannot_remove_does_not_end_training(run, monkeypatch):
@@ -399,7 +408,7 @@ def test_a_prune_that_cannot_remove_does_not_end_training(run, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "rename", refuse)
-        prune(run, 1)
+        prune(run, 1, newest=99)
     assert [path.name for path in committed(run)] == ["step-00000003", "step-00000002"]
 
 
@@ -411,7 +420,7 @@ def test_a_prune_that_is_killed_leaves_no_half_folder_that_looks_committed(run, 
     with monkeypatch.context() as patch:
         patch.setattr(writer.shutil, "rmtree", killed)
         with pytest.raises(KeyboardInterrupt):
-            prune(run, 1)
+            prune(run, 1, newest=99)
     assert [path.name for path in committed(run)] == ["step-00000003"]
-    prune(run, 1)
+    prune(run, 1, newest=99)
     assert entries(run) == ["latest", "step-00000003"]

@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from ssa_megatron.config import dump_recipe, load_recipe
-from ssa_megatron.errors import ConfigError, RunFolderError
+from ssa_megatron.errors import RunFolderError
 from ssa_megatron.train.run_folder import RunFolder, claim, read_recipe
 from ssa_megatron.zero.ds_config import deepspeed_config
 from tests.launch import environment, kill
@@ -124,5 +124,5 @@ def test_a_folder_that_is_no_run_is_refused_by_name(tmp_path):
 
 def test_a_run_folder_whose_config_was_edited_into_nonsense_says_which_field(tmp_path):
     (tmp_path / "config.yaml").write_text(dump_recipe(tiny()).replace("hidden_size: 32", "hidden_size: wide"))
-    with pytest.raises(ConfigError, match=r"config\.yaml is not valid:\n  model\.hidden_size"):
+    with pytest.raises(RunFolderError, match=r"config\.yaml is not valid:\n  model\.hidden_size"):
         read_recipe(tmp_path)

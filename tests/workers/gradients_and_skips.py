@@ -43,7 +43,7 @@ def gradients(precision: str, context) -> dict:
     )
     count = 16 // context.data_size
     batches = draw_batches(own_rows(recipe, context, 0), recipe, context, step=0, count=count)
-    [counted] = context.sum(sum(int(batch.counted.sum()) for batch in batches))
+    counted = context.sum(sum(int(batch.counted.sum()) for batch in batches))
     want = fp64_sums(recipe, context, count, counted)
 
     model, optimizer = build(recipe, context)

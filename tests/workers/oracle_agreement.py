@@ -121,7 +121,7 @@ def run_case(kind: str, trunk: str, tied: bool, overrides: dict, context) -> dic
     for own in context.gather([(i * context.data_size + context.data_rank, b.trunk) for i, b in enumerate(batches)]):
         for number, drawn in own:
             trunks[number] = drawn
-    [counted] = context.sum(sum(int(b.counted.sum()) for b in batches))
+    counted = context.sum(sum(int(b.counted.sum()) for b in batches))
     ce = forward_backward(model, batches, recipe, context, counted=counted)
     loss, alignment, _ = reduce_losses(ce, batches, recipe, context, counted=counted)
     optimizer.finish_gradients()
