@@ -56,3 +56,12 @@ def test_a_non_finite_loss_or_gradient_on_one_rank_skips_the_step_on_all_of_them
 @pytest.mark.parametrize("kind", ["loss", "gradient"])
 def test_training_goes_on_after_a_skip_as_if_the_step_had_not_been(found, ranks, precision, kind):
     assert found[ranks][f"skip {kind} {precision}"]["goes on as if it had not been"]
+
+
+def test_sequence_parallel_norms_are_summed_in_fp32_before_the_step(tmp_path):
+    """Two tensor-parallel ranks, each with half the tokens of every norm: forgetting the sum halves their gradients."""
+    out = tmp_path / "tensor.json"
+    run(2, "tests.workers.gradients_and_skips", str(out), "tensor", timeout=120)
+    for precision, values in json.loads(out.read_text()).items():
+        assert values["gradient"] <= 1e-6, precision
+        assert values["working equals masters"]

@@ -1,6 +1,7 @@
 """Worker: gradients at the optimizer's step against fp64 sums, and what a non-finite loss or gradient does to a step.
 
-usage: python -m tests.workers.gradients_and_skips OUT.json
+usage: python -m tests.workers.gradients_and_skips OUT.json [tensor]
+With `tensor`, the ranks are tensor parallel with sequence parallelism, and only the gradients are measured.
 """
 
 import json
@@ -30,16 +31,25 @@ def fp64_sums(recipe, context, count: int, counted: float) -> list[torch.Tensor]
         for total, parameter in zip(sums, model.parameters(), strict=True):
             total += parameter.grad.double()
             parameter.grad = None
-    for total in sums:
+    for total, parameter in zip(sums, model.parameters(), strict=True):
+        if getattr(parameter, "sequence_parallel", False):  # each tensor-parallel rank saw its own tokens
+            dist.all_reduce(total, group=context.tensor_group)
         dist.all_reduce(total, group=context.data_group)
         total /= context.data_size
     return sums
 
 
-def gradients(precision: str, context) -> dict:
+SEQUENCE_PARALLEL = {"parallel__tensor": 2, "parallel__sequence": True, "train__sequence_length": 32}
+
+
+def gradients(precision: str, context, **overrides) -> dict:
     """Largest relative error over parameters of the gradient the inner optimizer sees, and whether working = masters."""
     recipe = tiny(
-        train__precision=precision, train__global_batch_rows=32, train__micro_batch_rows=2, optimizer__clip_grad_norm=0
+        train__precision=precision,
+        train__global_batch_rows=32,
+        train__micro_batch_rows=2,
+        optimizer__clip_grad_norm=0,
+        **overrides,
     )
     count = 16 // context.data_size
     batches = draw_batches(own_rows(recipe, context, 0), recipe, context, step=0, count=count)
@@ -149,8 +159,12 @@ def measure(context) -> dict:
 
 
 def main() -> None:
-    context = parallel.initialize(tiny())
-    found = measure(context)
+    if sys.argv[2:] == ["tensor"]:
+        context = parallel.initialize(tiny(**SEQUENCE_PARALLEL))
+        found = {precision: gradients(precision, context, **SEQUENCE_PARALLEL) for precision in ("bf16", "fp32")}
+    else:
+        context = parallel.initialize(tiny())
+        found = measure(context)
     if context.is_writer:
         Path(sys.argv[1]).write_text(json.dumps(found))
     parallel.finalize()
