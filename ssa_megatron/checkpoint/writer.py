@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ssa_megatron.checkpoint.manifest import LATEST, MANIFEST, Manifest, StoredFile, committed, step_folder
 from ssa_megatron.config import Recipe, digest
+from ssa_megatron.files import replace_durably, sync_folder, write_durably
 from ssa_megatron.parallel.context import ParallelContext
 from ssa_megatron.zero.optimizer import ShardedOptimizer
 
@@ -169,31 +170,13 @@ def _merge(shares: list[dict]) -> dict:
 
 
 def _commit(temporary: Path, final: Path, manifest: Manifest) -> None:
-    _write_durably(temporary / MANIFEST, manifest.to_json())
-    _sync_folder(temporary)
+    write_durably(temporary / MANIFEST, manifest.to_json())
+    sync_folder(temporary)
     if final.exists():  # an earlier, rejected attempt at the same step
         shutil.rmtree(final)
     temporary.rename(final)
-    _sync_folder(final.parent)
+    sync_folder(final.parent)
 
 
 def _point_latest_at(final: Path) -> None:
-    pointer = final.parent / f".tmp-{LATEST}"
-    _write_durably(pointer, final.name + "\n")
-    pointer.rename(final.parent / LATEST)
-    _sync_folder(final.parent)
-
-
-def _write_durably(path: Path, text: str) -> None:
-    with path.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    replace_durably(final.parent / LATEST, final.name + "\n")

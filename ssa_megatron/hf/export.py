@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ssa_megatron.errors import CheckpointError, ConfigError, DataProblem
+from ssa_megatron.files import sync_folder
 from ssa_megatron.hf.card import model_card
 from ssa_megatron.hf.configuration_ssa import SSAConfig
 from ssa_megatron.hf.modeling_ssa import SSAForCausalLM
@@ -62,7 +63,7 @@ def export(source, out: str | Path, *, step: int | None = None, dtype: str | tor
         _write_json(temporary / "parity.json", parity)
         _sync(temporary)
         temporary.rename(out)
-        _sync_folder(out.parent)
+        sync_folder(out.parent)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -276,13 +277,5 @@ def _write_json(path: Path, content: dict) -> None:
 
 def _sync(folder: Path) -> None:
     for path in folder.iterdir():
-        _sync_folder(path)
-    _sync_folder(folder)
-
-
-def _sync_folder(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        sync_folder(path)
+    sync_folder(folder)

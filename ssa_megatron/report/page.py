@@ -5,7 +5,6 @@ refuses a folder that is not a run; everything else that is absent, short, damag
 """
 
 import json
-import os
 import time
 from dataclasses import dataclass
 from html import escape
@@ -14,6 +13,7 @@ from pathlib import Path
 from ssa_megatron.checkpoint.manifest import LATEST, MANIFEST, Manifest, committed
 from ssa_megatron.config import Recipe, dump_recipe
 from ssa_megatron.errors import CheckpointError
+from ssa_megatron.files import replace_durably
 from ssa_megatron.model.shapes import parameter_count
 from ssa_megatron.report import sections
 from ssa_megatron.report.figures import figures, last_finite, series, short
@@ -47,12 +47,8 @@ def write_report(run: Path, *, extra: dict | None = None) -> Path:
     """
     run = Path(run)
     text = _page(_read(run, extra or {}), run)
-    path, temporary = run / "report.html", run / ".tmp-report.html"
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    path = run / "report.html"
+    replace_durably(path, text)
     return path
 
 

@@ -10,6 +10,7 @@ import os
 from pathlib import Path
 
 from ssa_megatron.errors import RunFolderError
+from ssa_megatron.files import replace_durably
 
 
 class Metrics:
@@ -18,9 +19,7 @@ class Metrics:
     def __init__(self, path: Path, *, resume_step: int, tensorboard: Path | None):
         """Steps up to and including `resume_step` stay; `tensorboard` is the event folder, or None."""
         kept = [line for line in read_metrics(path) if line["step"] <= resume_step] if path.exists() else []
-        temporary = path.with_name(f".tmp-{path.name}")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        temporary.rename(path)
+        replace_durably(path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = path.open("ab", buffering=0)
         self._waiting = b""
         self._board = None

@@ -20,6 +20,7 @@ import yaml
 from ssa_megatron.config import Recipe, digest, dump_recipe
 from ssa_megatron.config.recipe import differences, resolve
 from ssa_megatron.errors import ConfigError, RunFolderError
+from ssa_megatron.files import replace_durably
 from ssa_megatron.parallel.context import ParallelContext
 
 
@@ -64,9 +65,7 @@ class RunFolder:
             "environment.json": json.dumps(_environment(context), indent=1),
             "ds_config.json": json.dumps(ds_config, indent=1),
         }.items():
-            temporary = self.path / f".tmp-{name}"
-            temporary.write_text(content)
-            temporary.rename(self.path / name)
+            replace_durably(self.path / name, content)
         if not self.tokenizer.exists():
             shutil.copyfile(tokenizer, self.path / ".tmp-tokenizer")
             (self.path / ".tmp-tokenizer").rename(self.tokenizer)

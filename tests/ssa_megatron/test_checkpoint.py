@@ -330,7 +330,7 @@ def test_a_disk_that_is_full_at_the_manifest_leaves_everything_as_it_was(run, tr
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
-        patch.setattr(writer, "_write_durably", full)
+        patch.setattr(writer, "write_durably", full)
         assert "No space left on device" in save(run, trained, alone, 4)
     assert entries(run) == ["latest", "step-00000002", "step-00000003"]
     assert (run / "checkpoints" / "latest").read_text() == "step-00000003\n"

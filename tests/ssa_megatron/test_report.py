@@ -363,7 +363,7 @@ def test_not_a_run_folder_is_refused_with_its_path(tmp_path, what):
 def test_a_report_replaces_the_earlier_one_and_survives_a_failed_attempt(tmp_path, monkeypatch):
     run = make_run(tmp_path, [line(1)])
     (run / "report.html").write_text("earlier")
-    monkeypatch.setattr("ssa_megatron.report.page.os.fsync", lambda _: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr("ssa_megatron.files.os.fsync", lambda _: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         write_report(run)
     assert (run / "report.html").read_text() == "earlier"
