@@ -12,7 +12,7 @@ from kernels import BlockSpec, oracle, torch_backend
 
 from ...kernels.support import documents, inputs, places, relative_error
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+pytestmark = pytest.mark.gpu
 
 # n, Hq, Hkv, D, block_size, block_count, mean document length (0 = none), query rows (0 = all)
 CASES = [
