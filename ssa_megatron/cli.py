@@ -38,6 +38,9 @@ def train(
     run: Annotated[  # not --run: torchrun reads that as an abbreviation of its own --run-path
         Path | None, typer.Option("--run-folder", help="created, or continued; runs/NAME by default")
     ] = None,
+    profile: Annotated[
+        str | None, typer.Option(metavar="A:B", help="record steps A to B with the profiler, into RUN/profile/")
+    ] = None,
 ) -> None:
     """Pretrain, or continue the run in the folder. Alone in one process, or on many under torchrun."""
     from ssa_megatron.config import load_recipe
@@ -50,8 +53,10 @@ def train(
     if int(os.environ.get("RANK", "0")) == 0:  # the imports below take seconds, and silence looks like a hang
         print(f"ssa {__version__}: recipe {resolved.name}, {world_size()} process(es); loading libraries", flush=True)
     from ssa_megatron.train.loop import train as run_training
+    from ssa_megatron.train.profiler import parse_range
 
-    raise typer.Exit(run_training(resolved, run or Path("runs") / resolved.name))
+    folder = run or Path("runs") / resolved.name
+    raise typer.Exit(run_training(resolved, folder, profile_steps=parse_range(profile)))
 
 
 @app.command("config")

@@ -24,8 +24,9 @@ class SSABatch:
     """int64 [B, N]: the next token; 0 where `counted` is False."""
     counted: Tensor
     """bool [B, N]: the next token belongs to the same document, so its prediction counts."""
-    doc_starts: Tensor
-    """int32 [B, N]: index in the row at which the token's own document begins."""
+    doc_starts: Tensor | None
+    """int32 [B, N]: index in the row at which the token's own document begins; None when every row is one document, which
+    lets attention take kernels that know no boundaries."""
     rotary: tuple[Tensor, Tensor]
     """cos, sin, fp32 [N, B, 1, head_dim]; positions restart at each document."""
     trunk: Trunk
@@ -43,6 +44,7 @@ class SSABatch:
         recipe: Recipe, tokens: Tensor, doc_starts: Tensor, *, trunk: Trunk, alignment_scale: float, device
     ) -> "SSABatch":
         """From one micro-batch of `pipelines.TrainStream`: tokens int64 [B, N], doc_starts int32 [B, N]."""
+        one_document_a_row = not doc_starts.any()  # asked before the copy: on the device it would wait for it
         tokens = tokens.to(device, non_blocking=True)
         doc_starts = doc_starts.to(device, non_blocking=True)
         labels, counted = next_tokens(tokens, doc_starts)
@@ -52,7 +54,7 @@ class SSABatch:
             tokens=tokens,
             labels=labels,
             counted=counted,
-            doc_starts=doc_starts,
+            doc_starts=None if one_document_a_row else doc_starts,
             rotary=rotary_table(positions, model.head_dim, model.rope_theta, model.rope_scaling),
             trunk=trunk,
             alignment_scale=alignment_scale,

@@ -21,6 +21,7 @@ from ssa_megatron.parallel import cpu
 from ssa_megatron.train.console import Console
 from ssa_megatron.train.evaluation import evaluate
 from ssa_megatron.train.metrics import Metrics
+from ssa_megatron.train.profiler import StepProfiler
 from ssa_megatron.train.run_folder import claim
 from ssa_megatron.train.schedule import learning_rate
 from ssa_megatron.train.signals import StopRequest
@@ -42,8 +43,11 @@ class Progress:
     """Tokens in all rows consumed."""
 
 
-def train(recipe: Recipe, run: Path) -> int:
-    """Train to the end, or to a signal. Returns the exit code: 0, or 75 when a signal asked for an orderly end."""
+def train(recipe: Recipe, run: Path, *, profile_steps: range = range(0)) -> int:
+    """Train to the end, or to a signal. Returns the exit code: 0, or 75 when a signal asked for an orderly end.
+
+    profile_steps: steps to record into RUN/profile/, numbered from 1.
+    """
     if recipe.data.path is None:
         raise ConfigError("data.path is not given", remedy="data.path=FOLDER, a folder written by `ssa data prepare`")
     info = pipelines.load_dataset_info(recipe.data.path)
@@ -81,11 +85,15 @@ def train(recipe: Recipe, run: Path) -> int:
     metrics = context.together(
         lambda: Metrics(folder.metrics, resume_step=progress.step, tensorboard=board) if context.is_writer else None
     )
+    profiler = StepProfiler(profile_steps, folder.path / "profile", context)
     console.start()
     try:
         while progress.step < recipe.train.steps:
+            profiler.before(progress.step + 1)
             values = _one_step(model, optimizer, rows, recipe, context, progress, console)
             done = progress.step
+            if written := profiler.after(done):
+                console.say(written)
             last = done == recipe.train.steps
             interval = recipe.train.eval_interval
             if interval and (done % interval == 0 or last):
@@ -115,6 +123,7 @@ def train(recipe: Recipe, run: Path) -> int:
                 console.say(f"stopped by {who} at step {done}; the same command continues")
                 break
     finally:
+        profiler.close()
         if metrics is not None:
             metrics.close()
         rows.close()
