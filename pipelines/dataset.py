@@ -12,9 +12,9 @@ from pathlib import Path
 
 from pipelines.errors import DatasetError, DatasetMismatch
 
-FORMAT = 1
+FORMAT = 2
 FILE_NAME = "dataset.json"
-TOKENIZER_NAME = "tokenizer.model"
+RECORDS_NAME = "records.json"
 
 
 @dataclass(frozen=True)
@@ -27,13 +27,17 @@ class StoredFile:
 
 @dataclass(frozen=True)
 class SplitInfo:
-    """One split. `tokens` counts bos and eos, not padding; `files` are those of the split's folder, by name."""
+    """One split. `tokens` counts bos and eos, not padding; `files` are those of the split's folder, by name.
+
+    lengths: documents by length in tokens, marks included: entry k counts those of 2**(k-1) < tokens <= 2**k.
+    """
 
     rows: int
     tokens: int
     padding: int
     documents: int
     text_bytes: int
+    lengths: list[int]
     files: dict[str, StoredFile]
 
 
@@ -45,6 +49,8 @@ class DatasetInfo:
         has learnt the frequencies and nothing else.
     validation_unigram_cross_entropy: of the validation tokens under the training frequencies, each count plus one so
         that an unseen token costs something finite; None without a validation split.
+    duplicates: documents left out because an equal one came before, in this source or one prepared with it.
+    files: those beside the splits: the tokenizer, and records.json, [[file of text, number of records], ...].
     inputs: what the dataset was made from and how; equal inputs give equal bytes.
     fingerprint: sha256 over everything else here.
     """
@@ -55,10 +61,13 @@ class DatasetInfo:
     token_dtype: str
     bos_id: int
     eos_id: int
+    tokenizer_file: str
     tokenizer_fingerprint: str
     unigram_entropy: float
     validation_unigram_cross_entropy: float | None
+    duplicates: int
     splits: dict[str, SplitInfo]
+    files: dict[str, StoredFile]
     inputs: dict
     fingerprint: str
 
@@ -109,7 +118,8 @@ def load_dataset_info(path: str | Path) -> DatasetInfo:
             name: SplitInfo(**{**split, "files": {f: StoredFile(**v) for f, v in split["files"].items()}})
             for name, split in record.pop("splits").items()
         }
-        return DatasetInfo(path=path, splits=splits, **record)
+        files = {name: StoredFile(**file) for name, file in record.pop("files").items()}
+        return DatasetInfo(path=path, splits=splits, files=files, **record)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DatasetError(f"{file}: damaged ({error})", remedy=again) from error
 

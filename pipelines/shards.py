@@ -48,8 +48,8 @@ class RowReader:
         self._spanner = Spanner(self.rows_per_shard)
         self._ready = [not shard.compression for shard in self._shards]
 
-    def read(self, row: int) -> tuple[NDArray, NDArray]:
-        """(tokens [row_length], starts [documents]) of row number `row`, unsigned and read-only."""
+    def read(self, row: int) -> tuple[NDArray, NDArray, NDArray]:
+        """(tokens [row_length], starts, documents [documents]) of row number `row`, unsigned and read-only."""
         shard_id, index = self._spanner[row]
         shard = self._shards[shard_id]
         path = self.folder / shard.raw_data.basename

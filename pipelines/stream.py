@@ -187,7 +187,7 @@ def _collate(reader: RowReader, numbers: list[int]) -> Rows:
     tokens = np.empty((len(numbers), length), np.int64)
     starts = np.empty((len(numbers), length), np.int32)
     for i, number in enumerate(numbers):
-        row, row_starts = reader.read(number)
+        row, row_starts, _ = reader.read(number)
         tokens[i], starts[i] = row, doc_starts(row_starts, length)
     return Rows(torch.from_numpy(tokens), torch.from_numpy(starts))
 

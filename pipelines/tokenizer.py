@@ -5,6 +5,7 @@ added or dropped, unknown characters become byte pieces, and a newline is always
 text or lack document marks, and vocabulary sizes the corpus cannot fill, naming a size that works.
 """
 
+import functools
 import hashlib
 import io
 import os
@@ -15,8 +16,9 @@ from pathlib import Path
 
 import sentencepiece
 
-from pipelines.corpus import Sources, as_documents
+from pipelines.documents import as_documents
 from pipelines.errors import CorpusError, TokenizerError
+from pipelines.sources import Sources
 
 _SPACE_MARK = "\u2581"  # SentencePiece's own mark for a space; in a document it must not turn into one
 _LONGEST_LINE = 4000  # bytes; SentencePiece drops training sentences over max_sentence_length in silence
@@ -29,6 +31,8 @@ class Tokenizer:
 
     Attributes: `path`, `vocab_size`, `bos_id`, `eos_id`, `fingerprint` (sha256 of the model file, hexadecimal).
     """
+
+    file_name = "tokenizer.model"
 
     def __init__(self, model: bytes, path: str | Path):
         self.path = Path(path)
@@ -139,6 +143,12 @@ class Tokenizer:
         return segments
 
 
+@functools.lru_cache(4)
+def cached_tokenizer(path: str) -> Tokenizer:
+    """The tokenizer at `path`, loaded once a process."""
+    return Tokenizer.load(path)
+
+
 def train_tokenizer(
     documents_or_sources: Sources | Iterable[str],
     out_path: str | Path,
@@ -152,7 +162,7 @@ def train_tokenizer(
 ) -> Tokenizer:
     """Trains a SentencePiece model and writes it to `out_path`, whole or not at all; equal input gives equal bytes.
 
-    documents_or_sources: sources as for Corpus, or any other iterable of documents (strings); it may exceed memory.
+    documents_or_sources: names of text (sources.py), or any other iterable of documents (strings); it may exceed memory.
     vocab_size: pieces in all, of which 3 are marks (`<unk>` 0, `<s>` 1, `</s>` 2), 1 is the newline and 256 are bytes.
     model_type: "bpe" or "unigram".
     sample_bytes: most text to learn from; of a larger corpus lines are drawn evenly from all of it, by `seed`.

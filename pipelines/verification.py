@@ -8,23 +8,25 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from pipelines.dataset import TOKENIZER_NAME, DatasetInfo, load_dataset_info
+from pipelines.dataset import DatasetInfo, load_dataset_info
 from pipelines.errors import ShardError
 from pipelines.packing import from_sample
 from pipelines.shards import check_index, check_sha256, check_size
 
-Progress = Callable[[int, int | None], None]
+Progress = Callable[[str, int, int | None], None]
 
 
 def verify(path: str | Path, *, progress: Progress | None = None) -> dict:
     """Checks the whole dataset at `path`; writes nothing.
 
-    progress: called with (bytes checked, bytes in all) after each shard.
+    progress: called with ("verifying", bytes checked, bytes in all) after each shard.
     Returns {"path", "fingerprint", "splits": {name: {"rows", "shards", "bytes"}}}.
     Raises DatasetError for a bad `dataset.json`, ShardError naming the first bad file otherwise.
     """
     info = load_dataset_info(path)
-    check_sha256(info.path / TOKENIZER_NAME, info.tokenizer_fingerprint)
+    for name, stored in info.files.items():
+        check_size(info.path / name, stored.bytes)
+        check_sha256(info.path / name, stored.sha256)
     total = sum(file.bytes for split in info.splits.values() for file in split.files.values())
     done, report = 0, {}
     for name, split in info.splits.items():
@@ -41,7 +43,7 @@ def verify(path: str | Path, *, progress: Progress | None = None) -> dict:
             shards += 1
             done += stored.bytes
             if progress:
-                progress(done, total)
+                progress("verifying", done, total)
         if rows != split.rows or shards != len(split.files) - 1:
             raise ShardError(
                 folder, f"{shards} shards, {rows} rows; dataset.json: {len(split.files) - 1}, {split.rows}"

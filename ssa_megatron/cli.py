@@ -6,6 +6,7 @@ and ends the process with its own exit code; anything else keeps its traceback.
 
 import json
 import os
+import re
 import sys
 import warnings
 from pathlib import Path
@@ -17,6 +18,7 @@ from kernels.spec import KernelArgumentError
 from pipelines.errors import DataError
 from ssa_megatron import __version__
 from ssa_megatron.errors import ConfigError, DataProblem, SSAError
+from ssa_megatron.progress import reporter
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__.splitlines()[0]
@@ -26,7 +28,11 @@ data_app = typer.Typer(no_args_is_help=True, help="Turn a corpus into packed MDS
 app.add_typer(tokenizer_app, name="tokenizer")
 app.add_typer(data_app, name="data")
 
-Sources = Annotated[list[str], typer.Argument(help="files, folders, globs, or package:king-james")]
+Sources = Annotated[list[str], typer.Argument(help="files, folders, globs, s3:// or package:king-james")]
+NamedSources = Annotated[
+    list[str],
+    typer.Argument(help="as for tokenizer train; with NAME= in front, each name becomes a dataset of its own"),
+]
 RecipeName = Annotated[str, typer.Argument(help="a packaged recipe (demo, ssa-1b, ...) or a YAML file")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="section.field=value ...")]
 
@@ -143,34 +149,46 @@ def tokenizer_inspect(model: Annotated[Path, typer.Argument(help="SentencePiece 
 
 @data_app.command("prepare")
 def data_prepare(
-    sources: Sources,
-    tokenizer: Annotated[Path, typer.Option(help="SentencePiece model file")],
-    out: Annotated[Path, typer.Option(help="dataset folder to write")],
+    sources: NamedSources,
+    tokenizer: Annotated[Path, typer.Option(help="tokenizer model file")],
+    out: Annotated[str, typer.Option(help="dataset folder to write, or s3://bucket/prefix")],
     row_length: Annotated[int, typer.Option(min=2, help="tokens in a row: train.sequence_length")],
     validation_fraction: Annotated[float, typer.Option(min=0.0, max=1.0)] = 0.005,
-    text_field: Annotated[str, typer.Option(help="field of JSON lines that holds the text")] = "text",
-    compression: Annotated[str | None, typer.Option(help="e.g. zstd:3")] = None,
+    text_field: Annotated[str, typer.Option(help="field of JSON lines or Parquet rows that holds the text")] = "text",
+    blank_line_documents: Annotated[bool, typer.Option(help="a blank line in a text file ends a document")] = False,
+    keep_duplicates: Annotated[bool, typer.Option(help="do not leave out documents equal to an earlier one")] = False,
+    compression: Annotated[str | None, typer.Option(help="of the shards, e.g. zstd:3")] = None,
     seed: Annotated[int, typer.Option(help="decides which documents are held out")] = 0,
+    workers: Annotated[int | None, typer.Option(min=1, help="processes; one a core by default")] = None,
+    scratch: Annotated[Path | None, typer.Option(help="for unfinished work; beside OUT by default")] = None,
     reuse: Annotated[bool, typer.Option(help="keep an existing dataset made from the same inputs")] = False,
 ) -> None:
-    """Encode, pack and write a corpus; nothing is left half-written."""
+    """Encode, pack and write a corpus. Killed, the same command goes on where it was; nothing is left half-written."""
     import pipelines
 
     found = pipelines.prepare(
-        sources,
+        _named(sources),
         tokenizer,
         out,
         row_length=row_length,
         validation_fraction=validation_fraction,
         text_field=text_field,
+        blank_line_documents=blank_line_documents,
+        deduplicate=not keep_duplicates,
         compression=compression,
         seed=seed,
+        workers=workers,
+        scratch=scratch,
         reuse=reuse,
-        progress=_progress("encoding"),
+        progress=reporter(),
     )
-    for name, split in found["splits"].items():
-        print(f"{name}: {split['tokens']:,} tokens of {split['documents']:,} documents in {split['rows']:,} rows")
-    print(f"unigram entropy {found['unigram_entropy']:.4f} nats/token -> {out}")
+    for source, record in found.items():
+        for name, split in record["splits"].items():
+            where = f"{source} {name}" if source else name
+            print(f"{where}: {split['tokens']:,} tokens of {split['documents']:,} documents in {split['rows']:,} rows")
+        if record["duplicates"]:
+            print(f"{record['duplicates']:,} documents left out, equal to an earlier one")
+        print(f"unigram entropy {record['unigram_entropy']:.4f} nats/token -> {record['path']}")
 
 
 @data_app.command("verify")
@@ -178,7 +196,7 @@ def data_verify(path: Annotated[Path, typer.Argument(help="dataset folder")]) ->
     """Read back every shard: sizes, hashes, counts, rows."""
     import pipelines
 
-    print(json.dumps(pipelines.verify(path, progress=_progress("verifying")), indent=2))
+    print(json.dumps(pipelines.verify(path, progress=reporter()), indent=2))
 
 
 @data_app.command("stats")
@@ -189,22 +207,18 @@ def data_stats(path: Annotated[Path, typer.Argument(help="dataset folder")]) -> 
     print(json.dumps(pipelines.stats(path), indent=2))
 
 
-def _progress(verb: str):
-    """A progress bar on a terminal; silence in a log file."""
-    if not sys.stderr.isatty():
-        return None
-    from rich.progress import Progress
-
-    bar = Progress(transient=True)
-    task = bar.add_task(verb, total=None)
-    bar.start()
-
-    def show(done: int, total: int | None) -> None:
-        bar.update(task, completed=done, total=total)
-        if total is not None and done >= total:
-            bar.stop()
-
-    return show
+def _named(sources: list[str]) -> list[str] | dict[str, list[str]]:
+    """`web=PATH web=PATH code=PATH` as a mapping; all names, or none, are given."""
+    pairs = [re.fullmatch(r"([\w-]+)=(.+)", source) for source in sources]
+    if not any(pairs):
+        return sources
+    if not all(pairs):
+        plain = next(source for source, pair in zip(sources, pairs, strict=True) if not pair)
+        raise ConfigError(f"source {plain!r} has no name and others have", remedy=f"write NAME={plain}")
+    named: dict[str, list[str]] = {}
+    for pair in pairs:
+        named.setdefault(pair[1], []).append(pair[2])
+    return named
 
 
 def main() -> None:

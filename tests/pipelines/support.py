@@ -7,7 +7,13 @@ import torch
 import pipelines
 
 ROW_LENGTH = 77  # odd, and shorter than most documents
-SETTINGS = {"row_length": ROW_LENGTH, "validation_fraction": 0.1, "shard_size": 40_000, "seed": 5}
+SETTINGS = {
+    "row_length": ROW_LENGTH,
+    "validation_fraction": 0.1,
+    "shard_size": 40_000,
+    "part_bytes": 1 << 16,
+    "seed": 5,
+}
 
 
 def stream(path, *, rank=0, size=1, micro=2, batch=12, seed=3, **options) -> pipelines.TrainStream:

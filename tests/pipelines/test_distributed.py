@@ -77,4 +77,4 @@ def test_after_kill_9_another_process_goes_on_at_once_from_the_last_position(job
 def test_no_shared_memory_is_used_and_no_lock_or_partial_file_remains(job):
     assert [report["shared"] for report in job.reports] == [[], []]
     names = {path.name for path in (job.data / "train").iterdir()}
-    assert {name for name in names if not re.fullmatch(r"shard\.\d{5}\.mds(\.zstd)?", name)} == {"index.json"}
+    assert {name for name in names if not re.fullmatch(r"shard\.\d{5}\.\d{5}\.mds(\.zstd)?", name)} == {"index.json"}

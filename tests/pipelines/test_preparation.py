@@ -1,5 +1,6 @@
 """A prepared dataset holds every document, is the same bytes each time, and appears whole or not at all."""
 
+import collections
 import fcntl
 import json
 import os
@@ -7,24 +8,35 @@ import resource
 import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
+import psutil
 import pytest
 
 import pipelines
 from pipelines import CorpusError, DatasetError, DatasetMismatch, TokenizerError
+from pipelines.packing import NO_DOCUMENT
+from pipelines.shards import RowReader
 from tests.launch import environment
-from tests.pipelines.support import ROW_LENGTH, SETTINGS, contents, flip_bit, stream, take
+from tests.pipelines.support import ROW_LENGTH, SETTINGS, contents, flip_bit
+
+
+def documents_by_number(path, split, tokenizer):
+    """The documents of a split as text, put together from the rows by the numbers the rows give them."""
+    reader, pieces = RowReader(pipelines.load_dataset_info(path), split), collections.defaultdict(list)
+    for row in range(reader.rows):
+        tokens, starts, numbers = reader.read(row)
+        for number, piece in zip(numbers.tolist(), np.split(tokens, starts[1:]), strict=True):
+            if number != NO_DOCUMENT:
+                pieces[number] += piece.tolist()
+    documents = list(pieces.values())
+    assert all(document[0] == tokenizer.bos_id and document[-1] == tokenizer.eos_id for document in documents)
+    return {number: tokenizer.decode(tokens) for number, tokens in sorted(pieces.items())}
 
 
 def documents_in(path, split, tokenizer):
-    """The documents of a split as text, from its rows in their stored order."""
-    info = pipelines.load_dataset_info(path)
-    rows = take(stream(path, split=split, micro=1, batch=1, shuffle=False), info.splits[split].rows)
-    tokens = np.concatenate([row.tokens.numpy().ravel() for row in rows])[: info.splits[split].tokens]
-    documents = np.split(tokens, np.flatnonzero(tokens == tokenizer.bos_id)[1:])
-    assert all(document[0] == tokenizer.bos_id and document[-1] == tokenizer.eos_id for document in documents)
-    return [tokenizer.decode(document.tolist()) for document in documents]
+    return list(documents_by_number(path, split, tokenizer).values())
 
 
 def test_the_two_splits_together_hold_every_document_once(prepared, documents, tokenizer):
@@ -73,10 +85,10 @@ def test_it_is_an_ordinary_mds_dataset(prepared):
 
 
 @pytest.mark.parametrize("options", [{}, {"compression": "zstd:3"}, {"validation_fraction": 0.0}], ids=str)
-def test_preparing_twice_gives_the_same_bytes_with_any_number_of_threads(tmp_path, documents, tokenizer, options):
+def test_preparing_twice_gives_the_same_bytes_with_any_number_of_workers(tmp_path, documents, tokenizer, options):
     settings = {**SETTINGS, **options}
-    for name, threads in (("a", 1), ("b", 3)):
-        pipelines.prepare(iter(documents), tokenizer, tmp_path / name, threads=threads, **settings)
+    for name, workers in (("a", 1), ("b", 3)):
+        pipelines.prepare(iter(documents), tokenizer, tmp_path / name, workers=workers, **settings)
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b"]
     assert (tmp_path / "a" / "validation").exists() == (settings["validation_fraction"] > 0)
@@ -94,8 +106,10 @@ def test_sources_are_read_and_progress_reaches_the_end(tmp_path, documents, toke
     seen = []
     record = pipelines.prepare(
         corpus, tokenizer, tmp_path / "data", text_field="body", progress=lambda *p: seen.append(p), **SETTINGS
-    )
-    assert seen[-1] == (corpus.stat().st_size, corpus.stat().st_size)
+    )[""]
+    size, text = corpus.stat().st_size, sum(len(text.encode()) for text in documents)
+    assert [p for p in seen if p[0] == "scanning"][-1] == ("scanning", size, size)
+    assert seen[-1] == ("encoding", text, text)
     assert record["inputs"]["documents"] == len(documents)
     assert record["path"] == str(tmp_path / "data")
 
@@ -107,12 +121,12 @@ def test_an_existing_dataset_is_reused_only_when_made_from_the_same_inputs(datas
     before = contents(dataset)
     with pytest.raises(DatasetError, match="copy: already exists"):
         again()
-    record = again(reuse=True)
+    record = again(reuse=True)[""]
     assert record["reused"]
     assert record["fingerprint"] == pipelines.load_dataset_info(dataset).fingerprint
     with pytest.raises(DatasetMismatch, match=r"row_length is 77 in the dataset there, 78 was asked for"):
         again(reuse=True, row_length=78)
-    with pytest.raises(DatasetMismatch, match=r"documents is 238 in the dataset there, 237 was asked for"):
+    with pytest.raises(DatasetMismatch, match=r"documents is 125 in the dataset there, 124 was asked for"):
         again(documents[:-1], reuse=True)
     with pytest.raises(DatasetMismatch, match=r"documents_sha256 is \w+ in the dataset there, \w+ was asked for"):
         again([*documents[:-1], "other"], reuse=True)
@@ -136,37 +150,175 @@ def test_an_error_midway_leaves_nothing_behind(tmp_path, documents, tokenizer):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_full_disk_is_reported_and_leaves_nothing_behind(tmp_path, documents, tokenizer):
+def test_a_full_disk_is_reported_and_the_next_attempt_goes_on(tmp_path, prepared, documents, tokenizer):
+    (tmp_path / "corpus.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))  # less than a shard
     try:
-        with pytest.raises(DatasetError, match=r"data: cannot be written \(.*File too large"):
-            pipelines.prepare(iter(documents), tokenizer, tmp_path / "data", **SETTINGS)
+        with pytest.raises(DatasetError, match=r"data: cannot be written \(.*File too large") as caught:
+            pipelines.prepare(tmp_path / "corpus.jsonl", tokenizer, tmp_path / "data", **SETTINGS)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert list(tmp_path.iterdir()) == []
+    assert "what is finished is kept" in caught.value.remedy
+    pipelines.prepare(iter(documents), tokenizer, tmp_path / "data", **SETTINGS)
+    assert without_names(contents(tmp_path / "data")) == without_names(contents(prepared))
+    assert sorted(os.listdir(tmp_path)) == ["corpus.jsonl", "data"]
 
 
-def test_after_kill_9_midway_there_is_no_dataset_and_the_next_attempt_is_the_same_as_ever(
-    tmp_path, prepared, documents, tokenizer
-):
-    (tmp_path / "documents.json").write_text(json.dumps(documents))
-    program = f"""
-import json, os, signal, pipelines
-documents = json.load(open({str(tmp_path / "documents.json")!r}))
-def killed_midway():
-    for _ in range(5):
-        yield from documents
-    os.kill(os.getpid(), signal.SIGKILL)
-pipelines.prepare(killed_midway(), {str(tokenizer.path)!r}, {str(tmp_path / "data")!r}, **{SETTINGS!r})
+PREPARE_AND_DIE = """
+import os, signal, sys, pipelines
+from pipelines import preparation
+
+def die_after(number):
+    def progress(stage, done, total):
+        global parts
+        parts += stage == "encoding"
+        if parts == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+    return progress
+
+if __name__ == "__main__":
+    parts = 0
+    pipelines.prepare(sys.argv[1], sys.argv[2], sys.argv[3], workers=int(sys.argv[4]), progress=die_after(4), **{SETTINGS})
 """
-    killed = subprocess.run([sys.executable, "-c", program], env=environment(), timeout=120, capture_output=True)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_after_kill_9_what_is_finished_is_kept_and_the_bytes_are_the_same(
+    tmp_path, prepared, documents, tokenizer, workers
+):
+    corpus, program = tmp_path / "corpus.jsonl", tmp_path / "program.py"
+    corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+    program.write_text(PREPARE_AND_DIE.replace("{SETTINGS}", repr(SETTINGS)))
+    command = [sys.executable, program, corpus, tokenizer.path, tmp_path / "data", str(workers)]
+    killed = subprocess.run(command, env=environment(), timeout=120, capture_output=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
-    assert list(tmp_path.rglob("*.mds"))  # it had begun to write
     assert not (tmp_path / "data").exists()
+    done = {path.name: path.stat().st_ino for path in (tmp_path / ".data.preparing" / "parts").glob("part-*")}
+    assert len(done) >= 4
+    kept = set()
+    pipelines.prepare(corpus, tokenizer, tmp_path / "data", **SETTINGS, progress=lambda *p: kept.update(
+        path.name for path in (tmp_path / ".data.preparing" / "parts").glob("part-*")
+        if done.get(path.name) == path.stat().st_ino
+    ))  # fmt: skip
+    assert kept == set(done)
+    assert without_names(contents(tmp_path / "data")) == without_names(contents(prepared))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["corpus.jsonl", "data", "program.py"]
+
+
+def test_no_worker_outlives_a_killed_preparation(tmp_path, documents, tokenizer):
+    corpus, program = tmp_path / "corpus.jsonl", tmp_path / "program.py"
+    corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+    program.write_text(PREPARE_AND_DIE.replace("{SETTINGS}", repr(SETTINGS)))
+    tag = f"test-{os.getpid()}"
+    command = [sys.executable, program, corpus, tokenizer.path, tmp_path / "data", "2"]
+    subprocess.run(command, env=environment(OURS=tag), timeout=120, capture_output=True)
+
+    def ours() -> list[psutil.Process]:
+        return [p for p in psutil.process_iter() if p.pid != os.getpid() and tag in environment_of(p).get("OURS", "")]
+
+    end = time.monotonic() + 10
+    while ours() and time.monotonic() < end:
+        time.sleep(0.05)
+    assert ours() == []
+
+
+def environment_of(process) -> dict:
+    try:
+        return process.environ()
+    except psutil.Error:
+        return {}
+
+
+def test_work_left_by_an_attempt_at_something_else_is_not_used(tmp_path, prepared, documents, tokenizer):
+    corpus, program = tmp_path / "corpus.jsonl", tmp_path / "program.py"
+    corpus.write_text("".join(json.dumps({"text": text[1:]}) + "\n" for text in documents))
+    program.write_text(PREPARE_AND_DIE.replace("{SETTINGS}", repr(SETTINGS)))
+    command = [sys.executable, program, corpus, tokenizer.path, tmp_path / "data", "1"]
+    assert subprocess.run(command, env=environment(), timeout=120).returncode == -signal.SIGKILL
+    corpus.unlink()
     pipelines.prepare(iter(documents), tokenizer, tmp_path / "data", **SETTINGS)
     assert contents(tmp_path / "data") == contents(prepared)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["data", "documents.json"]
+
+
+def test_a_killed_worker_is_an_error_and_not_a_hang(tmp_path, documents, tokenizer):
+    def kill_one(stage, done, total):
+        if stage == "encoding":
+            workers = [p for p in psutil.Process().children(recursive=True) if "forkserver" in " ".join(p.cmdline())]
+            os.kill(max(workers, key=lambda p: p.create_time()).pid, signal.SIGKILL)
+
+    began = time.monotonic()
+    with pytest.raises(DatasetError, match="a worker process was killed") as caught:
+        pipelines.prepare(iter(documents), tokenizer, tmp_path / "data", workers=2, progress=kill_one, **SETTINGS)
+    assert time.monotonic() - began < 30
+    assert "fewer workers" in caught.value.remedy
+    assert not (tmp_path / "data").exists()
+
+
+def test_text_that_changes_under_way_is_noticed(tmp_path, documents, tokenizer):
+    corpus = tmp_path / "corpus.jsonl"
+    corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+    changed = corpus.read_text().replace("beginning", "beginninG").replace("the", "teh")
+
+    def change(stage, done, total):
+        if stage == "scanning" and done == total:
+            corpus.write_text(changed)
+
+    with pytest.raises(CorpusError, match=r"corpus\.jsonl: changed while it was being prepared"):
+        pipelines.prepare(corpus, tokenizer, tmp_path / "data", progress=change, **SETTINGS)
+    assert not (tmp_path / "data").exists()
+
+
+def without_names(found: dict[str, bytes]) -> dict[str, bytes]:
+    """All but what says how the corpus's files were called."""
+    return {name: data for name, data in found.items() if name not in ("records.json", "dataset.json")}
+
+
+def test_exact_duplicates_are_left_out_once_each_over_all_sources(tmp_path, documents, tokenizer):
+    web, code = documents[:60] + documents[:5], documents[50:] + documents[:3]
+    for name, texts in (("web", web), ("code", code)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    sources = {name: tmp_path / f"{name}.jsonl" for name in ("web", "code")}
+    found = pipelines.prepare(sources, tokenizer, tmp_path / "data", **SETTINGS)
+    assert {name: record["duplicates"] for name, record in found.items()} == {"web": 5, "code": 13}
+    got = [
+        text
+        for name in found
+        for split in ("train", "validation")
+        for text in documents_in(tmp_path / "data" / name, split, tokenizer)
+    ]
+    assert sorted(got) == sorted(documents)
+    everything = pipelines.prepare(sources, tokenizer, tmp_path / "all", deduplicate=False, **SETTINGS)
+    assert [record["duplicates"] for record in everything.values()] == [0, 0]
+    train = documents_in(tmp_path / "all" / "web", "train", tokenizer)
+    validation = documents_in(tmp_path / "all" / "web", "validation", tokenizer)
+    assert sorted(train + validation) == sorted(web)
+    assert not set(train) & set(validation)  # duplicates stay on one side
+    for name in sources:
+        pipelines.verify(tmp_path / "data" / name)
+
+
+def test_every_row_says_which_documents_it_holds(prepared, documents, tokenizer):
+    info = pipelines.load_dataset_info(prepared)
+    assert json.loads((prepared / "records.json").read_text()) == [["documents", len(documents)]]
+    train, validation = (documents_by_number(prepared, split, tokenizer) for split in info.splits)
+    assert {**train, **validation} == dict(enumerate(documents))
+
+
+def test_only_the_last_row_of_a_split_is_padded_whatever_the_parts(prepared):
+    for split in pipelines.load_dataset_info(prepared).splits.values():
+        assert 0 <= split.padding < ROW_LENGTH
+
+
+def test_a_dataset_in_an_object_store_is_the_same_bytes(s3, tmp_path, prepared, documents, tokenizer):
+    out = "s3://bucket/some/data"
+    found = pipelines.prepare(iter(documents), tokenizer, out, scratch=tmp_path / "scratch", **SETTINGS)
+    assert found[""]["path"] == out
+    assert {key: s3.get(f"some/data/{key}") for key in contents(prepared)} == contents(prepared)
+    assert len(s3.keys("some/data")) == len(contents(prepared))
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(DatasetError, match=f"{out}: already exists"):
+        pipelines.prepare(iter(documents), tokenizer, out, **SETTINGS)
 
 
 def test_a_second_writer_of_the_same_folder_is_refused_while_the_first_lives(tmp_path, documents, tokenizer):
@@ -188,8 +340,8 @@ def test_a_second_writer_of_the_same_folder_is_refused_while_the_first_lives(tmp
         ({"compression": "rar"}, "compression 'rar' is not known"),
         ({"shard_size": 1000}, "shard_size 1000: a shard takes"),
         ({"shard_size": 1 << 32}, "shard_size 4294967296: a shard takes"),
-        ({"validation_fraction": 1e-9}, "validation_fraction 1e-09 of 238 documents leaves the validation split empty"),
-        ({"validation_fraction": 1 - 1e-9}, "of 238 documents leaves the train split empty"),
+        ({"validation_fraction": 1e-9}, "validation_fraction 1e-09 of 125 documents leaves the validation split empty"),
+        ({"validation_fraction": 1 - 1e-9}, "of 125 documents leaves the train split empty"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(tmp_path, documents, tokenizer, options, message):
@@ -211,7 +363,7 @@ def test_a_damaged_or_foreign_record_is_refused(dataset):
     good = record.read_text()
     for text, message in (
         (good.replace('"rows": ', '"rows": 1'), "altered since it was written"),
-        (good.replace('"format": 1', '"format": 9'), "format 9, this program reads 1"),
+        (good.replace('"format": 2', '"format": 9'), "format 9, this program reads 2"),
         (good[: len(good) // 2], "damaged"),
         ("[]", "damaged"),
     ):

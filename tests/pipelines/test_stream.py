@@ -114,8 +114,8 @@ def test_resuming_at_another_data_parallel_size_continues_the_sequence(prepared)
 
 
 def test_compressed_shards_give_the_same_rows_also_when_a_kill_left_a_partial_file(compressed_copy, prepared):
-    (compressed_copy / "train" / "shard.00000.mds.tmp").write_bytes(b"half a sh")
-    (compressed_copy / "train" / "shard.00001.mds").write_bytes(b"half a shard")
+    (compressed_copy / "train" / "shard.00000.00000.mds.tmp").write_bytes(b"half a sh")
+    (compressed_copy / "train" / "shard.00001.00000.mds").write_bytes(b"half a shard")
     assert equal(take(stream(compressed_copy), 300), take(stream(prepared), 300))
     pipelines.verify(compressed_copy)
 
@@ -214,7 +214,7 @@ class TestDamageIsAlwaysAnErrorThatNamesTheShard:
         take(rows, 5)
         for shard in (dataset / "train").glob("*.mds"):
             damage(shard)
-        with pytest.raises(ShardError, match=r"train/shard\.\d+\.mds: row \d+ of \d+ cannot be read"):
+        with pytest.raises(ShardError, match=r"train/shard\.\d+\.\d+\.mds: row \d+ of \d+ cannot be read"):
             take(rows, 10)
 
     def test_in_the_index(self, dataset):
@@ -229,7 +229,7 @@ class TestDamageIsAlwaysAnErrorThatNamesTheShard:
         data = first.read_bytes(), second.read_bytes()
         first.write_bytes(data[1])
         second.write_bytes(data[0])
-        with pytest.raises(ShardError, match=r"shard\.00000\.mds"):
+        with pytest.raises(ShardError, match=r"shard\.00000\.00000\.mds"):
             pipelines.verify(dataset)
 
 
