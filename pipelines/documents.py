@@ -217,13 +217,15 @@ def _line_of(file: InputFile, place: int) -> int:
 @contextmanager
 def _opened(file: InputFile) -> Iterator[BinaryIO]:
     """The file's bytes, decompressed; any damage found on the way becomes a CorpusError that names it."""
-    from backports import zstd  # says when a file ends too early; `zstandard` and `zstd` end it in silence
-
-    faults = (OSError, EOFError, zlib.error, zstd.ZstdError)
+    faults: tuple[type[Exception], ...] = (OSError, EOFError, zlib.error)
     if is_remote(file.path):
         from botocore.exceptions import BotoCoreError, ClientError
 
         faults += (BotoCoreError, ClientError)
+    if file.compression == ".zst":
+        from backports import zstd  # says when a file ends too early; `zstandard` and `zstd` end it in silence
+
+        faults += (zstd.ZstdError,)
     try:
         with open_binary(file.path) as raw:
             if file.compression == ".gz":
