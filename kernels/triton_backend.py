@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from . import torch_routing, triton_dense, triton_gate, triton_routing, triton_sparse
+from . import torch_routing, triton_dense, triton_dense_backward, triton_gate, triton_routing, triton_sparse
 from .layout import slot_count, slot_starts
 from .spec import BlockSpec, KernelArgumentError
 from .torch_routing import pooled_blocks
@@ -74,7 +74,7 @@ class _Dense(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, do):
         q, k, v, o, lse = ctx.saved_tensors
-        grads = triton_dense.backward(q, k, v, o, lse, do.contiguous(), ctx.scale, ctx.dense, ctx.config)
+        grads = triton_dense_backward.backward(q, k, v, o, lse, do.contiguous(), ctx.scale, ctx.dense, ctx.config)
         return *grads, None, None
 
 
@@ -131,7 +131,7 @@ class _SSA(torch.autograd.Function):
             grads = torch.autograd.grad(output, inputs, do_full, retain_graph=True)
             grads = tuple(g.contiguous() for g in grads)
         else:
-            grads = triton_dense.backward(
+            grads = triton_dense_backward.backward(
                 q, k, v, full, lse_full, do_full, ctx.scale, ctx.dense, config, delta=delta_full
             )
         del do_full
