@@ -30,10 +30,9 @@ class Config(NamedTuple):
     dkv_stages: int = 3
     gate_rows: int = 64
     # (rows, keys, warps, stages)
-    dense_forward: tuple[int, int, int, int] = (64, 64, 4, 3)
-    dense_dq: tuple[int, int, int, int] = (128, 64, 8, 3)
+    dense_forward: tuple[int, int, int, int] = (64, 128, 4, 3)
+    dense_dq: tuple[int, int, int, int] = (64, 128, 4, 3)
     dense_dkv: tuple[int, int, int, int] = (64, 64, 4, 3)
-    dense_both: tuple[int, int, int, int] = (64, 128, 8, 3)  # dK, dV and dQ in one pass
 
 
 # Measured on one H100 80GB (bf16, shapes A and B of README.md). Spills decide at 128: one warp cannot hold the tiles.
@@ -41,13 +40,13 @@ TABLE = {
     64: Config(),
     128: Config(
         sparse_keys=64, sparse_warps=2, dq_keys=32, dq_warps=2, dkv_rows=64, dkv_warps=4, dkv_stages=2,
-        dense_forward=(128, 64, 8, 3), dense_dq=(64, 64, 4, 2), dense_dkv=(64, 64, 8, 2), dense_both=(64, 64, 8, 2),
+        dense_forward=(64, 64, 4, 3), dense_dq=(128, 64, 8, 3), dense_dkv=(64, 64, 4, 2),
     ),
 }  # fmt: skip
 SMALL = (32, 32, 4, 2)
 GENERAL = Config(
     stat_tile=32, select_rows=32, select_tile=32, sparse_keys=32, sparse_warps=2, dq_keys=32, dq_warps=2,
-    dkv_rows=32, dkv_stages=2, dense_forward=SMALL, dense_dq=SMALL, dense_dkv=SMALL, dense_both=SMALL,
+    dkv_rows=32, dkv_stages=2, dense_forward=SMALL, dense_dq=SMALL, dense_dkv=SMALL,
 )  # fmt: skip
 
 

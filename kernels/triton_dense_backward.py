@@ -1,9 +1,7 @@
-"""Backward of dense attention: one pass that adds dQ tiles in any order, or two passes whose sums have a fixed order.
+"""Backward of dense attention, in two passes whose sums have a fixed order: dQ, then dK and dV.
 
-dK/dV loop over the rows that see a key tile, for the query group's heads one after the other; in one pass (five
-products) each step also adds its share of dQ to an fp32 buffer, in two (seven) a second kernel computes dQ. The fixed
-order serves `torch.use_deterministic_algorithms(True)` and machines without a GPU. It refuses nothing:
-`triton_backend.py` has prepared the arguments.
+dQ has the forward pass's loop; dK/dV loop over the rows that see a key tile, for the query group's heads one after the
+other. It refuses nothing: `triton_backend.py` has prepared the arguments.
 """
 
 import torch
@@ -14,9 +12,11 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .layout import remembered
-from .triton_dense import Dense, _interval, _key_tiles, _seen, tiles
+from .triton_dense import PAD, Dense, _interval, _key_tiles, _seen, tiles
 from .triton_gate import row_delta
 from .triton_routing import LOG2E
+
+PROGRAMS = 512  # dK/dV programs that fill a GPU of about 132 multiprocessors with causal work of unequal length
 
 
 @triton.jit
@@ -71,9 +71,9 @@ def _backward_q(
 
 @triton.jit
 def _dkv_tiles(
-    dk, dv, k, v, since, until, q_desc, do_desc, lse_desc, delta_desc, dq_desc, index_ptr, b, head, heads,
+    dk, dv, k, v, since, until, q_desc, do_desc, lse_desc, delta_desc, index_ptr, b, head, heads,
     start, count, turn, jump, n_q, scale_log2, h_q: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
-    MASKED: tl.constexpr, HAS_INDEX: tl.constexpr, ADD_DQ: tl.constexpr,
+    MASKED: tl.constexpr, HAS_INDEX: tl.constexpr,
 ):  # fmt: skip
     """For each head, row tiles start .. start + count, `jump` of them left out after `turn`: one loop for all heads,
     because a loop's pipeline fills and drains once."""
@@ -95,18 +95,15 @@ def _dkv_tiles(
         dv = tl.dot(weight.to(do.dtype), do, dv, input_precision="tf32x3")
         d_score = (weight * (d_weight - delta[None, :])).to(q.dtype)
         dk = tl.dot(d_score, q, dk, input_precision="tf32x3")
-        if ADD_DQ:
-            dq = tl.dot(tl.trans(d_score), k, input_precision="tf32x3")
-            dq_desc.atomic_add([b, row, h * D], tl.reshape(dq, [1, ROWS, D]))
     return dk, dv
 
 
 @triton.jit
 def _backward_kv(
-    q_desc, k_desc, v_desc, key_start_ptr, doc_end_ptr, index_ptr, do_desc, lse_desc, delta_desc, dq_desc,
+    q_desc, k_desc, v_desc, key_start_ptr, doc_end_ptr, index_ptr, do_desc, lse_desc, delta_desc,
     dk_desc, dv_desc, batch, n, n_q, n_k, scale, scale_log2,
     h_q: tl.constexpr, h_kv: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr,
-    ROWS: tl.constexpr, KEYS: tl.constexpr, ADD_DQ: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr,
     WINDOW: tl.constexpr, POOLED: tl.constexpr, HAS_DOCS: tl.constexpr, HAS_INDEX: tl.constexpr,
 ):  # fmt: skip
     """One program per (KV head, part of its query group, key tile); partial sums [SPLITS, B, Nk, Hkv, D]."""
@@ -141,13 +138,12 @@ def _backward_kv(
     head = h * (h_q // h_kv) + part * heads
     if not HAS_INDEX:
         dk, dv = _dkv_tiles(
-            dk, dv, k, v, since, until, q_desc, do_desc, lse_desc, delta_desc, dq_desc, index_ptr, b, head, heads,
-            inner, outer - inner, 0, 0, n_q, scale_log2, h_q, D, ROWS, False, HAS_INDEX, ADD_DQ,
+            dk, dv, k, v, since, until, q_desc, do_desc, lse_desc, delta_desc, index_ptr, b, head, heads,
+            inner, outer - inner, 0, 0, n_q, scale_log2, h_q, D, ROWS, False, HAS_INDEX,
         )  # fmt: skip
     dk, dv = _dkv_tiles(
-        dk, dv, k, v, since, until, q_desc, do_desc, lse_desc, delta_desc, dq_desc, index_ptr, b, head, heads,
+        dk, dv, k, v, since, until, q_desc, do_desc, lse_desc, delta_desc, index_ptr, b, head, heads,
         low, high - outer + inner - low, inner - low, outer - inner, n_q, scale_log2, h_q, D, ROWS, True, HAS_INDEX,
-        ADD_DQ,
     )  # fmt: skip
     dk_desc.store([part * batch + b, first_key, h * D], tl.reshape(dk * scale, [1, KEYS, D]).to(dk_desc.dtype))
     dv_desc.store([part * batch + b, first_key, h * D], tl.reshape(dv, [1, KEYS, D]).to(dv_desc.dtype))
@@ -175,24 +171,35 @@ def backward_q(q, k, v, lse, do, delta, scale: float, dense: Dense, config) -> T
     return dq
 
 
-def backward_kv(q, k, v, lse, do, delta, scale: float, dense: Dense, config, dq=None) -> tuple[Tensor, Tensor]:
-    """dq: fp32 [B, Nq, Hq, D] to which dQ / scale is added, in no fixed order; None: dK and dV alone."""
+def by_head(delta: Tensor) -> Tensor:
+    """[B, Nq, Hq] -> [B, Hq, Nq padded with zeros], as the forward pass lays its log-sum-exp out."""
+    return F.pad(delta.transpose(1, 2), (0, -delta.shape[1] % PAD)).contiguous()
+
+
+def group_splits(group: int, programs: int) -> int:
+    """Into how many programs' shares a query group is cut: so many that the GPU is full and evenly loaded."""
+    splits = 1
+    while programs * splits < PROGRAMS and group % (2 * splits) == 0:
+        splits *= 2
+    return splits
+
+
+def backward_kv(q, k, v, lse, do, delta, scale: float, dense: Dense, config) -> tuple[Tensor, Tensor]:
+    """lse and delta [B, Hq, Nq padded]."""
     batch, n_q, h_q, dim = q.shape
     n_k, h_kv = k.shape[1:3]
-    group, splits = h_q // h_kv, 1
-    while splits < 4 and group % (2 * splits) == 0:
-        splits *= 2
+    rows, keys, warps, stages = config.dense_dkv
+    splits = group_splits(h_q // h_kv, h_kv * batch * triton.cdiv(n_k, keys))
     part = k.dtype if splits == 1 else torch.float32
     dk, dv = (torch.empty(splits, *k.shape, dtype=part, device=k.device) for _ in range(2))
     docs = dense.doc_starts
     ends = None if docs is None else remembered(docs, "ends", lambda: document_ends(docs))
-    rows, keys, warps, stages = config.dense_dkv if dq is None else config.dense_both
     lse, delta = (TensorDescriptor(x, [batch * h_q, x.shape[2]], [x.shape[2], 1], [1, rows]) for x in (lse, delta))
     _backward_kv[(splits * h_kv * batch, triton.cdiv(n_k, keys))](
         tiles(q, rows), tiles(k, keys), tiles(v, keys), dense.key_start, ends, dense.query_index, tiles(do, rows),
-        lse, delta, None if dq is None else tiles(dq, rows), tiles(dk.flatten(0, 1), keys),
+        lse, delta, tiles(dk.flatten(0, 1), keys),
         tiles(dv.flatten(0, 1), keys), batch, dense.n, n_q, n_k, scale, scale * LOG2E,
-        h_q, h_kv, dim, splits, rows, keys, dq is not None, **dense.flags(), num_warps=warps, num_stages=stages,
+        h_q, h_kv, dim, splits, rows, keys, **dense.flags(), num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return tuple(x[0] if splits == 1 else x.sum(0).to(k.dtype) for x in (dk, dv))
 
@@ -201,10 +208,6 @@ def backward(q, k, v, o, lse, do, scale: float, dense: Dense, config, delta=None
     """delta: fp32 [B, Nq, Hq], rowsum(do * o), when the caller has it."""
     if delta is None:
         delta = row_delta(o, do, config.gate_rows)
-    delta = F.pad(delta.transpose(1, 2), (0, lse.shape[2] - q.shape[1])).contiguous()
-    if not q.is_cuda or torch.are_deterministic_algorithms_enabled():
-        dq = backward_q(q, k, v, lse, do, delta, scale, dense, config)
-        return dq, *backward_kv(q, k, v, lse, do, delta, scale, dense, config)
-    total = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
-    dk, dv = backward_kv(q, k, v, lse, do, delta, scale, dense, config, dq=total)
-    return torch.mul(total, scale, out=torch.empty_like(q)), dk, dv
+    delta = by_head(delta)
+    dq = backward_q(q, k, v, lse, do, delta, scale, dense, config)
+    return dq, *backward_kv(q, k, v, lse, do, delta, scale, dense, config)

@@ -10,7 +10,7 @@ import itertools
 import torch
 import triton
 
-from . import triton_dense, triton_gate, triton_routing, triton_sparse
+from . import triton_dense, triton_dense_backward, triton_gate, triton_routing, triton_sparse
 from .spec import BlockSpec
 from .triton_config import choose
 
@@ -103,22 +103,32 @@ def tune(shape: str, wanted: list[str]) -> None:
     if "gate" in wanted:
         sweep("gate both ways", base, {"gate_rows": (16, 32, 64, 128)}, both_gates)
     if "dense" in wanted:
-        dense = triton_dense.Dense(n)
-        o, lse = triton_dense.forward(q, k, v, scale, dense, base)
-        forward = [(128, 64, 4, 3), (128, 128, 8, 2), (128, 64, 8, 3), (64, 64, 4, 3), (64, 128, 4, 2)]
-        queries = [(128, 64, 8, 3), (128, 64, 8, 2), (64, 64, 4, 2), (64, 64, 4, 3), (128, 128, 8, 2), (128, 32, 4, 3)]
-        keys = [(64, 64, 4, 2), (64, 64, 4, 3), (32, 64, 4, 3), (64, 128, 8, 2), (128, 64, 8, 2), (32, 128, 8, 3)]
-        sweep(
-            "dense forward", base, {"dense_forward": forward}, lambda c: triton_dense.forward(q, k, v, scale, dense, c)
-        )
-        sweep(
-            "dense dq", base, {"dense_dq": queries},
-            lambda c: triton_dense.backward_q(q, k, v, lse, do, delta, scale, dense, c),
-        )  # fmt: skip
-        sweep(
-            "dense dkv", base, {"dense_dkv": keys},
-            lambda c: triton_dense.backward_kv(q, k, v, lse, do, delta, scale, dense, c),
-        )  # fmt: skip
+        tune_dense(q, k, v, do, scale, base)
+
+
+def tune_dense(q, k, v, do, scale: float, base) -> None:
+    """Without documents and with one, whose tiles should cost the same."""
+    n, dim = q.shape[1], q.shape[3]
+    one = torch.zeros(q.shape[0], n, dtype=torch.int32, device="cuda")
+    delta = triton_dense_backward.by_head(triton_gate.row_delta(q, do, 64))
+    tiles = [(64, 64, 4, 2), (64, 64, 4, 3), (64, 128, 8, 2), (64, 128, 8, 3), (128, 64, 8, 3), (128, 128, 8, 2)]
+    tiles += [(32, 128, 8, 3)] if dim == 64 else [(32, 64, 4, 3), (64, 64, 8, 2)]
+    for name, dense in {"": triton_dense.Dense(n), ", document": triton_dense.Dense(n, doc_starts=one)}.items():
+        lse = triton_dense.forward(q, k, v, scale, dense, base)[1]
+        given = lse, do, delta, scale, dense
+
+        def forward(c, dense=dense):
+            triton_dense.forward(q, k, v, scale, dense, c)
+
+        def queries(c, given=given):
+            triton_dense_backward.backward_q(q, k, v, *given, c)
+
+        def keys(c, given=given):
+            triton_dense_backward.backward_kv(q, k, v, *given, c)
+
+        sweep("dense forward" + name, base, {"dense_forward": tiles}, forward)
+        sweep("dense dq" + name, base, {"dense_dq": tiles}, queries)
+        sweep("dense dkv" + name, base, {"dense_dkv": tiles}, keys)
 
 
 if __name__ == "__main__":

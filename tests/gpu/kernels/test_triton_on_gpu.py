@@ -128,6 +128,21 @@ def test_every_stream_matches_fp64(case, dtype):
         compare(got, graded(expected, upstream, truth), dtype, f"ssa {trunk}")
 
 
+def test_no_gradient_crosses_a_document():
+    """A document's outputs and gradients are those it has alone in a row, to the last rounding of bf16."""
+    leaves, upstream, _, _ = build((1000, 32, 2, 64, 16, 16, 0, 0), torch.bfloat16)
+    docs = torch.zeros(2, 1000, dtype=torch.int32, device="cuda")
+    docs[:, 320:] = 320
+    alone = [x.detach()[:, :320].contiguous().requires_grad_() for x in leaves[:3]]
+    results = []
+    for x, doc, up in ((leaves[:3], docs, upstream), (alone, docs[:, :320], upstream[:, :320])):
+        out = kernels.full_attention(*x, doc_starts=doc.contiguous(), backend="triton")
+        grads = torch.autograd.grad(out, x, up.contiguous())
+        results.append([y[:, :320] for y in (out, *grads)])
+    for a, b in zip(*results, strict=True):
+        assert relative_error(a, b) < 2e-3
+
+
 @pytest.mark.parametrize("sharpness", [4.0, 16.0])
 def test_sharp_logits(sharpness):
     leaves, upstream, spec, options = build((1000, 32, 2, 64, 16, 16, 0, 0), torch.bfloat16, sharpness)
