@@ -125,6 +125,9 @@ class Zero(Section):
 
     stage: Literal[1, 2, 3] = 1
     """1: optimizer states. 2: gradients too. 3: parameters too."""
+    offload_optimizer: bool = False
+    """Masters and moments live in host memory and are updated there (stage 2 or 3); slower, 12 bytes a parameter less on the
+    device, divided by the data-parallel size."""
     reduce_bucket_mb: int = Field(200, ge=1)
     """Megabytes of gradients reduced in one call."""
 

@@ -39,6 +39,18 @@ def micro_batches(recipe: Recipe, world: int) -> int:
 
 RULES = (
     Rule(
+        "zero.stage",
+        lambda r, w: r.zero.stage > 1 and r.parallel.pipeline > 1,
+        "ZeRO-2 and 3 partition gradients during every backward, which a pipeline's schedule interleaves",
+        "zero.stage=1, or parallel.pipeline=1 (with parallel.tensor=2 if the model does not fit)",
+    ),
+    Rule(
+        "zero.offload_optimizer",
+        lambda r, w: r.zero.offload_optimizer and r.zero.stage == 1,
+        "under ZeRO-1 bf16 gradients accumulate in DeepSpeed's BF16_Optimizer, which keeps masters and moments on the device",
+        "zero.stage=2, or zero.offload_optimizer=false",
+    ),
+    Rule(
         "parallel.pipeline",
         lambda r, w: r.parallel.pipeline > 1 or r.parallel.virtual_pipeline > 1,
         "pipeline parallelism is not built yet",
@@ -49,12 +61,6 @@ RULES = (
         lambda r, w: r.parallel.context > 1,
         "context parallelism is not built yet",
         "parallel.context=1, with train.recompute=selective if the activations do not fit",
-    ),
-    Rule(
-        "zero.stage",
-        lambda r, w: r.zero.stage > 1,
-        "ZeRO stages 2 and 3 are not built yet",
-        "zero.stage=1",
     ),
     Rule(
         "parallel.tensor",

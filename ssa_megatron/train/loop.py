@@ -73,8 +73,8 @@ def train(recipe: Recipe, run: Path, *, profile_steps: range = range(0)) -> int:
         torch.use_deterministic_algorithms(True)
 
     model = build_model(recipe, context)
+    count = sum(p.numel() for p in model.parameters())  # now: ZeRO-3 leaves them empty
     optimizer = ShardedOptimizer(model, recipe, context)
-    count = sum(p.numel() for p in model.parameters())
     console.phase(f"model built: {recipe.attention.kind} attention, {count:,} parameters on this rank")
     progress = _restore(run, recipe, tokenizer.fingerprint, optimizer, rows, context, console)
     context.on_writer(lambda: folder.record(recipe, tokenizer.path, optimizer.config, context))

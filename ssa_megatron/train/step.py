@@ -58,7 +58,7 @@ def train_step(
     except Exception as problem:  # a damaged shard is seen by one rank; all of them stop here, with its name
         error = problem
     counted = context.sum(sum(int(batch.counted.sum()) for batch in batches), error)
-    ce = forward_backward(model, batches, recipe, context, counted=counted)
+    ce = forward_backward(model, batches, recipe, context, counted=counted, engine=optimizer.backward_engine)
     loss, alignment, sparse = reduce_losses(ce, batches, recipe, context, counted=counted)
     if not math.isfinite(loss + alignment):
         optimizer.discard_gradients()
@@ -92,9 +92,18 @@ def alignment_scale(recipe: Recipe, count: int) -> float:
 
 
 def forward_backward(
-    model: SSAModel, batches: list[SSABatch], recipe: Recipe, context: ParallelContext, *, counted: float
+    model: SSAModel,
+    batches: list[SSABatch],
+    recipe: Recipe,
+    context: ParallelContext,
+    *,
+    counted: float,
+    engine: torch.nn.Module | None = None,
 ) -> Tensor:
-    """Run Megatron's schedule over the micro-batches. Gradients accumulate; returns this rank's summed cross-entropy, fp32."""
+    """Run Megatron's schedule over the micro-batches. Gradients accumulate; returns this rank's summed cross-entropy, fp32.
+
+    engine: under ZeRO-2 and 3 DeepSpeed partitions gradients during backward, so every pass goes through it instead.
+    """
     sums: list[Tensor] = []
     # The schedule divides by the number of micro-batches and DeepSpeed by the data-parallel size; `counted` is global.
     weight = len(batches) * context.data_size / max(counted, 1.0)
@@ -109,6 +118,12 @@ def forward_backward(
         losses = model(batch.tokens, None, None, labels=batch.labels, packed_seq_params=batch)
         return losses, partial(loss_of, batch)
 
+    if engine is not None:
+        source = iter(batches)
+        for _ in batches:
+            losses, loss_of_batch = forward(source, engine)
+            engine.backward(loss_of_batch(losses)[0] / len(batches))
+        return torch.stack(sums).sum()
     get_forward_backward_func()(
         forward_step_func=forward,
         data_iterator=iter(batches),

@@ -27,6 +27,11 @@ def deepspeed_config(recipe: Recipe, data_parallel_size: int) -> dict:
         "steps_per_print": 2**31,
         "wall_clock_breakdown": False,
     }
+    if recipe.zero.offload_optimizer:
+        config["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
+        config["zero_force_ds_cpu_optimizer"] = (
+            False  # torch's fused AdamW runs on the CPU; DeepSpeed's needs a compiler
+        )
     if recipe.train.precision == "bf16":
         config |= {
             "bf16": {"enabled": True, "immediate_grad_update": True},

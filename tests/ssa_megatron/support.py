@@ -1,5 +1,7 @@
 """What several tests here share: a tiny recipe, its rows, and steps made with them."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -85,6 +87,27 @@ def build(recipe: Recipe, context):
 
     model = build_model(recipe, context)
     return model, ShardedOptimizer(model, recipe, context)
+
+
+@contextmanager
+def gradients_at_step(optimizer) -> Iterator[list]:
+    """Filled on leaving with (fragment, the fp32 gradient that the inner optimizer's step found for it), for every fragment."""
+    inner, seen, found = optimizer._inner, [], []
+    apply = inner.step
+
+    def look_and_step(*args, **kwargs):
+        seen.extend((flat, flat.grad.detach().clone()) for group in inner.param_groups for flat in group["params"])
+        return apply(*args, **kwargs)
+
+    inner.step = look_and_step
+    yield found
+    inner.step = apply
+    for fragment in optimizer.fragments():
+        [(flat, gradient)] = [
+            (f, g) for f, g in seen if f.data_ptr() <= fragment.master.data_ptr() < f.data_ptr() + 4 * f.numel()
+        ]
+        first = (fragment.master.data_ptr() - flat.data_ptr()) // 4
+        found.append((fragment, gradient.view(-1)[first : first + fragment.numel]))
 
 
 def recipe_file(folder: Path, dataset: Path | None, **overrides) -> Path:

@@ -91,7 +91,10 @@ def test_a_recipe_is_read_from_a_file_by_its_path(tmp_path):
 REFUSED = {
     "unknown section": (["trian.steps=1"], ["trian: unknown key", "did you mean 'train'?"]),
     "mistyped key": (["train.stepps=1"], ["train.stepps: unknown key", "did you mean 'steps'?"]),
-    "unknown key like nothing": (["zero.qqq=1"], ["zero.qqq: unknown key", "known: reduce_bucket_mb, stage"]),
+    "unknown key like nothing": (
+        ["zero.qqq=1"],
+        ["zero.qqq: unknown key", "known: offload_optimizer, reduce_bucket_mb, stage"],
+    ),
     "mistyped key two levels down": (
         ["model.rope_scaling.facto=2"],
         ["model.rope_scaling.facto: unknown key", "did you mean 'factor'?"],
@@ -180,7 +183,7 @@ def test_a_recipe_cannot_be_changed_once_resolved():
 # ---------------------------------------------------------------------------------------------------------- digest
 SAME_RUN = {
     "topology": {"parallel__tensor": 2, "parallel__sequence": True},
-    "ZeRO": {"zero__stage": 2, "zero__reduce_bucket_mb": 7},
+    "ZeRO": {"zero__stage": 2, "zero__offload_optimizer": True, "zero__reduce_bucket_mb": 7},
     "recompute": {"train__recompute": "full"},
     "backend": {"attention__backend": "torch"},
     "path": {"data__path": "elsewhere", "data__read_ahead": 0},

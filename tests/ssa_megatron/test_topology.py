@@ -8,9 +8,10 @@ from tests.ssa_megatron.support import tiny
 
 # rule (in table order) -> (processes, overrides that break it and no earlier rule, words of reason and remedy)
 BROKEN = [
+    ("zero.stage", 2, {"zero__stage": 3, "parallel__pipeline": 2}, "a pipeline's schedule", "parallel.pipeline=1"),
+    ("zero.offload_optimizer", 1, {"zero__offload_optimizer": True}, "BF16_Optimizer", "zero.stage=2"),
     ("parallel.pipeline", 2, {"parallel__pipeline": 2}, "pipeline parallelism is not built", "parallel.pipeline=1"),
     ("parallel.context", 2, {"parallel__context": 2}, "context parallelism is not built", "parallel.context=1"),
-    ("zero.stage", 1, {"zero__stage": 3}, "ZeRO stages 2 and 3 are not built", "zero.stage=1"),
     ("parallel.tensor", 4, {"parallel__tensor": 4}, "only 1 or 2 tensor-parallel ranks", "parallel.tensor=2"),
     ("parallel.sequence", 1, {"parallel__sequence": True}, "there is one", "parallel.tensor=2"),
     (
@@ -93,6 +94,8 @@ LEGAL = [
     (1, {"model__num_heads": 3, "model__num_kv_heads": 3, "model__ffn_size": 49}),
     (2, {"train__eval_interval": 0, "train__eval_rows": 3}),
     (1, {"train__recompute": "selective"}),
+    (2, {"zero__stage": 2, "zero__offload_optimizer": True}),
+    (4, {"zero__stage": 3, "parallel__tensor": 2}),
     (1, {"train__recompute": "full", "train__precision": "bf16"}),
 ]
 

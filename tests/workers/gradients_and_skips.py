@@ -2,6 +2,7 @@
 
 usage: python -m tests.workers.gradients_and_skips OUT.json [tensor]
 With `tensor`, the ranks are tensor parallel with sequence parallelism, and only the gradients are measured.
+Every case runs under every ZeRO stage.
 """
 
 import json
@@ -16,8 +17,21 @@ import torch.distributed as dist
 from ssa_megatron.model.build import build_model
 from ssa_megatron.parallel import context as parallel
 from ssa_megatron.train.step import draw_batches, forward_backward, train_step
-from tests.ssa_megatron.support import build, global_batch, own_rows, tiny
+from tests.ssa_megatron.support import build, global_batch, gradients_at_step, own_rows, tiny
 
+ZERO = {
+    "ZeRO-1": {},
+    "ZeRO-2": {"zero__stage": 2},
+    "ZeRO-2, offloaded": {"zero__stage": 2, "zero__offload_optimizer": True},
+    "ZeRO-3": {"zero__stage": 3},
+    "ZeRO-3, offloaded": {"zero__stage": 3, "zero__offload_optimizer": True},
+}
+SKIPS = [
+    (zero, precision)
+    for zero in ZERO
+    for precision in ("bf16", "fp32")
+    if "offloaded" not in zero or precision == "bf16"
+]
 POISON = 52  # the last token id: `clean` never draws it
 
 
@@ -29,11 +43,16 @@ def fp64_sums(recipe, context, count: int, counted: float) -> list[torch.Tensor]
     for batch in draw_batches(own_rows(recipe, context, 0), recipe, context, step=0, count=count):
         forward_backward(model, [batch], recipe, context, counted=counted)
         for total, parameter in zip(sums, model.parameters(), strict=True):
-            total += parameter.grad.double()
+            gradient = parameter.grad.double()
+            if getattr(parameter, "sequence_parallel", False):  # each tensor-parallel rank saw its own tokens
+                dist.all_reduce(gradient, group=context.tensor_group)
+                if (
+                    recipe.zero.stage > 1
+                ):  # reduced at once, so each micro-batch's gradient is one of the model's precision
+                    gradient = gradient.to(parameter.dtype).double()
+            total += gradient
             parameter.grad = None
-    for total, parameter in zip(sums, model.parameters(), strict=True):
-        if getattr(parameter, "sequence_parallel", False):  # each tensor-parallel rank saw its own tokens
-            dist.all_reduce(total, group=context.tensor_group)
+    for total in sums:
         dist.all_reduce(total, group=context.data_group)
         total /= context.data_size
     return sums
@@ -58,45 +77,42 @@ def gradients(precision: str, context, **overrides) -> dict:
 
     model, optimizer = build(recipe, context)
     model.train()
-    inner, seen, before = optimizer._inner, [], [p.detach().clone() for p in model.parameters()]
-    apply = inner.step
-
-    def look_and_step(*args, **kwargs):
-        seen.extend((flat, flat.grad.detach().clone()) for group in inner.param_groups for flat in group["params"])
-        return apply(*args, **kwargs)
-
-    inner.step = look_and_step
-    forward_backward(model, batches, recipe, context, counted=counted)
+    before = [f.master.clone() for f in optimizer.fragments()]
+    forward_backward(model, batches, recipe, context, counted=counted, engine=optimizer.backward_engine)
     optimizer.finish_gradients()
-    norm, applied = optimizer.step(lr=1e-2)
+    with gradients_at_step(optimizer) as found:
+        norm, applied = optimizer.step(lr=1e-2)
 
     positions = {id(p): i for i, p in enumerate(model.parameters())}
     errors, elements = [], 0
-    for fragment in optimizer.fragments():
-        [(flat, gradient)] = [
-            (f, g) for f, g in seen if f.data_ptr() <= fragment.master.data_ptr() < f.data_ptr() + 4 * f.numel()
-        ]
-        first = (fragment.master.data_ptr() - flat.data_ptr()) // 4
-        found = gradient.view(-1)[first : first + fragment.numel].double()
+    for fragment, gradient in found:
         expected = want[positions[id(fragment.named.parameter)]].view(-1)[
             fragment.start : fragment.start + fragment.numel
         ]
-        errors.append(float((found - expected).norm() / expected.norm()))
+        errors.append(float((gradient.double() - expected).norm() / expected.norm()))
         elements += fragment.numel
     want_norm = float(torch.stack([w.norm() for w in want]).norm())
     working = all(torch.equal(f.working, f.master.to(f.working.dtype)) for f in optimizer.fragments())
-    weights = torch.cat([p.detach().double().flatten() for p in model.parameters()])
+    with gathered(list(model.parameters())):
+        weights = torch.cat([p.detach().double().flatten() for p in model.parameters()])
     copies = [torch.equal(weights, other) for other in context.gather(weights)]
     return {
         "gradient": max(context.gather(max(errors))),
         "norm": abs(norm - want_norm) / want_norm,
         "applied": applied,
         "elements": sum(context.gather(elements)),
-        "parameters": sum(p.numel() for p in model.parameters()),
+        "parameters": sum(w.numel() for w in want),
         "working equals masters": all(context.gather(working)),
         "equal on all ranks": all(copies),
-        "moved": all(not torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True)),
+        "moved": all(not torch.equal(f.master, old) for f, old in zip(optimizer.fragments(), before, strict=True)),
     }
+
+
+def gathered(parameters, **how):
+    """Inside, parameters are whole under ZeRO-3 too."""
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(parameters, **how)
 
 
 def clean(recipe, context, step: int) -> list:
@@ -106,9 +122,9 @@ def clean(recipe, context, step: int) -> list:
     return rows
 
 
-def skips(precision: str, kind: str, context) -> dict:
+def skips(precision: str, kind: str, context, **overrides) -> dict:
     """Steps 0, bad, 1 against steps 0, 1: `kind` loss poisons an embedding row only the last rank reads, gradient a gradient."""
-    recipe = tiny(train__precision=precision, model__tied_embeddings=False)
+    recipe = tiny(train__precision=precision, model__tied_embeddings=False, **overrides)
     last = context.rank == context.world - 1
 
     def step(model, optimizer, number: int, rows) -> dict:
@@ -125,10 +141,12 @@ def skips(precision: str, kind: str, context) -> dict:
     embedding = model.embedding.word_embeddings.weight
     if kind == "loss":
         rows[-1].tokens[0, 5] = POISON  # the last micro-batch: the last data-parallel rank's
-        kept = embedding.data[POISON].clone()
-        embedding.data[POISON] = math.inf
+        with gathered(embedding, modifier_rank=0):
+            kept = embedding.data[POISON].clone()
+            embedding.data[POISON] = math.inf
         bad = step(model, optimizer, 7, rows)
-        embedding.data[POISON] = kept
+        with gathered(embedding, modifier_rank=0):
+            embedding.data[POISON] = kept
     else:
         hook = embedding.register_hook(lambda gradient: gradient * (math.inf if last else 1.0))
         bad = step(model, optimizer, 7, rows)
@@ -151,17 +169,23 @@ def skips(precision: str, kind: str, context) -> dict:
 
 def measure(context) -> dict:
     found = {}
-    for precision in ("bf16", "fp32"):
-        found[f"gradients {precision}"] = gradients(precision, context)
+    for zero, overrides in ZERO.items():
+        for precision in ("bf16", "fp32"):
+            found[f"gradients {precision} {zero}"] = gradients(precision, context, **overrides)
+    for zero, precision in SKIPS:
         for kind in ("loss", "gradient"):
-            found[f"skip {kind} {precision}"] = skips(precision, kind, context)
+            found[f"skip {kind} {precision} {zero}"] = skips(precision, kind, context, **ZERO[zero])
     return found
 
 
 def main() -> None:
     if sys.argv[2:] == ["tensor"]:
         context = parallel.initialize(tiny(**SEQUENCE_PARALLEL))
-        found = {precision: gradients(precision, context, **SEQUENCE_PARALLEL) for precision in ("bf16", "fp32")}
+        found = {
+            f"{precision} {zero}": gradients(precision, context, **SEQUENCE_PARALLEL, **overrides)
+            for zero, overrides in ZERO.items()
+            for precision in ("bf16", "fp32")
+        }
     else:
         context = parallel.initialize(tiny())
         found = measure(context)

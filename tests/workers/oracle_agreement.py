@@ -19,6 +19,7 @@ from ssa_megatron.parallel import context as parallel
 from ssa_megatron.train.step import draw_batches, forward_backward, reduce_losses
 from ssa_megatron.zero.optimizer import ShardedOptimizer
 from tests.oracle.model import OracleConfig, losses, random_weights
+from tests.ssa_megatron.support import gradients_at_step
 
 ROWS = 4  # two micro-batches on one process, one on each of two data-parallel ranks
 LENGTH = 77  # odd; a topology that needs another length overrides train.sequence_length
@@ -47,6 +48,7 @@ def case_recipe(kind: str, tied: bool, overrides: dict):
         "model": dict(vocab_size=vocab, hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, ffn_size=48,
                       max_sequence_length=LENGTH + 3, rope_theta=1000.0, tied_embeddings=tied),
         "attention": dict(kind=kind, block_size=4, block_count=3, window=9, sparse_probability=0.5),
+        "optimizer": dict(clip_grad_norm=0.0),
         "train": dict(steps=1, sequence_length=LENGTH, global_batch_rows=ROWS, micro_batch_rows=2, precision="fp32"),
     }  # fmt: skip
     for key, value in overrides.items():
@@ -63,16 +65,23 @@ def set_weights(model, recipe, context, weights) -> None:
             flat[block.start : block.start + block.numel] = part.float().flatten()
 
 
-def global_gradients(optimizer, recipe, context) -> dict[str, torch.Tensor]:
-    """Gradients under global names, averaged over data-parallel ranks and assembled over tensor-parallel ranks."""
+def global_gradients(at_step, recipe, context) -> dict[str, torch.Tensor]:
+    """Gradients under global names, assembled from what each rank's optimizer found for its fragments."""
     found = {name: torch.zeros(shape) for name, shape in global_shapes(recipe).items()}
-    for named in optimizer.named:
-        flat = optimizer.gradient(named.parameter).reshape(-1)
-        for block in named.blocks:
-            part = flat[block.start : block.start + block.numel].view(block.shape)
-            index = tuple(slice(o, o + n) for o, n in zip(block.offset, block.shape, strict=True))
-            copies = context.tensor_size if named.replicated else 1
-            found[block.name][index] += part / (copies * context.data_size)
+    for fragment, gradient in at_step:
+        for block in fragment.named.blocks:
+            whole = torch.zeros(block.numel)
+            first, last = (
+                max(fragment.start, block.start),
+                min(fragment.start + fragment.numel, block.start + block.numel),
+            )
+            if first < last:
+                whole[first - block.start : last - block.start] = gradient[
+                    first - fragment.start : last - fragment.start
+                ]
+                index = tuple(slice(o, o + n) for o, n in zip(block.offset, block.shape, strict=True))
+                copies = context.tensor_size if fragment.named.replicated else 1
+                found[block.name][index] += whole.view(block.shape) / copies
     for gradient in found.values():
         dist.all_reduce(gradient)
     return found
@@ -122,11 +131,12 @@ def run_case(kind: str, trunk: str, tied: bool, overrides: dict, context) -> dic
         for number, drawn in own:
             trunks[number] = drawn
     counted = context.sum(sum(int(b.counted.sum()) for b in batches))
-    ce = forward_backward(model, batches, recipe, context, counted=counted)
+    ce = forward_backward(model, batches, recipe, context, counted=counted, engine=optimizer.backward_engine)
     loss, alignment, _ = reduce_losses(ce, batches, recipe, context, counted=counted)
     optimizer.finish_gradients()
-    gradients = global_gradients(optimizer, recipe, context)
-    norm, _ = optimizer.step(lr=1e-3)
+    with gradients_at_step(optimizer) as at_step:
+        norm, _ = optimizer.step(lr=1e-3)
+    gradients = global_gradients(at_step, recipe, context)
 
     want_ce, want_alignment, want = oracle_values(config, weights, tokens, starts, trunks, a.alignment_weight)
     errors = {name: float((gradients[name].double() - g).norm() / g.norm()) for name, g in want.items()}
