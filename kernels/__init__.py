@@ -13,13 +13,19 @@ from .api import (
     ssa_attention,
     window_attention,
 )
+from .cache import KVCache, PagedKVCache
+from .inference import cached_attention, cached_blocks
 from .spec import AttentionStatistics, BlockSpec, KernelArgumentError
 
 __all__ = [
     "AttentionStatistics",
     "BlockSpec",
+    "KVCache",
     "KernelArgumentError",
+    "PagedKVCache",
     "attention_statistics",
+    "cached_attention",
+    "cached_blocks",
     "compressed_attention",
     "full_attention",
     "select_blocks",

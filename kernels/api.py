@@ -35,7 +35,7 @@ def _streams(backend: str):
     return triton_backend
 
 
-def _backend(name: str, q: Tensor) -> str:
+def choose_backend(name: str, q: Tensor) -> str:
     checks.need(name in ("auto", "torch", "triton"), "backend", repr(name), "'auto', 'torch' or 'triton'")
     if name == "auto":
         return "triton" if q.is_cuda else "torch"
@@ -51,7 +51,7 @@ def _common(q, k, v, scale, doc_starts, query_index, backend) -> tuple[float, st
     checks.check_qkv(q, k, v)
     checks.check_query_index(query_index, q, k)
     checks.check_doc_starts(doc_starts, k)
-    return checks.check_scale(scale, q), _backend(backend, q)
+    return checks.check_scale(scale, q), choose_backend(backend, q)
 
 
 def select_blocks(
