@@ -20,20 +20,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from . import BlockSpec, KVCache, PagedKVCache, cached_attention, full_attention
 
 HEADS = {"A": (32, 2, 64), "B": (32, 8, 128)}  # Hq, Hkv, D
-COLUMNS = [
-    "date",
-    "device",
-    "torch",
-    "triton",
-    "commit",
-    "shape",
-    "what",
-    "ms",
-    "eager_ms",
-    "gb_per_s",
-    "times_faster",
-    "eager_times_faster",
-]
+VERSIONS = ["date", "device", "torch", "triton", "commit"]
+COLUMNS = [*VERSIONS, "shape", "what", "ms", "eager_ms", "gb_per_s", "times_faster", "eager_times_faster"]
 
 
 def median_ms(step, reps: int, warmup: int = 4) -> float:
@@ -173,10 +161,9 @@ def main() -> None:
     if not torch.cuda.is_available():
         raise SystemExit("kernels.bench_inference needs a CUDA device")
     run = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    common = {
-        "date": datetime.date.today().isoformat(), "device": torch.cuda.get_device_name(), "torch": torch.__version__,
-        "triton": triton.__version__, "commit": arguments.commit or run.stdout.strip(),
-    }  # fmt: skip
+    device, commit = torch.cuda.get_device_name(), arguments.commit or run.stdout.strip()
+    values = datetime.date.today().isoformat(), device, torch.__version__, triton.__version__, commit
+    common = dict(zip(VERSIONS, values, strict=True))
     new = not arguments.out.exists()
     with arguments.out.open("a", newline="") as file, torch.no_grad():
         writer = csv.DictWriter(file, COLUMNS)
