@@ -17,13 +17,12 @@ MODES = ("full", "sparse")
 
 
 @BOTH
-@pytest.mark.parametrize("lengths", [[1, 15, 16, 17, 100], [100, 3, 33]], ids=str)
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2), (4, 1), (16, 1)], ids=str)
-def test_every_decoded_token_is_its_row_of_the_whole(paged, lengths, heads):
-    spec = BlockSpec(16, 3)
+def test_every_decoded_token_is_its_row_of_the_whole(paged, heads):
+    spec, lengths = BlockSpec(16, 3), [1, 15, 16, 17, 100]
     data = sequences(lengths, *heads, 8)
     truth = {m: whole(data, spec, m) for m in MODES}
-    for start in (0, 1, 16):  # tokens of each sequence that arrive in one piece; the rest one by one
+    for start in (0, 17):  # tokens of each sequence that arrive in one piece; the rest one by one
         cache = make_cache(paged, len(lengths), 112, heads[1], 8)
         fill(cache, data, [min(start, n) for n in lengths])
         for t in range(start, max(lengths)):
@@ -191,23 +190,23 @@ def test_wrong_caches_and_appends_are_named():
     k = torch.zeros(2, 3, 2, 8)
     cache = KVCache(2, 32, 2, 8, dtype=torch.float32)
     paged = PagedKVCache(2, 4, 16, 2, 2, 8)
-    mistakes = {
-        "capacity": lambda: KVCache(2, 0, 2, 8),
-        "block_size": lambda: KVCache(2, 32, 2, 8, block_size=0),
-        "dtype": lambda: KVCache(2, 32, 2, 8, dtype=torch.int32),
-        "page_size": lambda: PagedKVCache(2, 4, 24, 2, 2, 8),
-        "page_size:": lambda: PagedKVCache(2, 4, 16, 2, 2, 8, block_size=64),
-        "k.shape": lambda: cache.append(k[:1], k),
-        "k.dtype": lambda: cache.append(k.half(), k),
-        "v.shape": lambda: cache.append(k, k[:, :2]),
-        "counts": lambda: cache.append(k, k, [1, 4]),
-        "lengths": lambda: cache.crop([1, 0]),
-        "sequence": lambda: paged.assign(2, [0]),
-        "pages": lambda: paged.assign(0, [0, 0]),
-        "pages:": lambda: paged.assign(0, [0, 1, 2]),
-        "pages: ": lambda: paged.assign(0, [4]),
-        "length": lambda: paged.assign(0, [0], length=17),
-    }
-    for name, mistake in mistakes.items():
-        with pytest.raises(KernelArgumentError, match=rf"^{name}"):
+    mistakes = [
+        ("capacity", lambda: KVCache(2, 0, 2, 8)),
+        ("block_size", lambda: KVCache(2, 32, 2, 8, block_size=0)),
+        ("dtype", lambda: KVCache(2, 32, 2, 8, dtype=torch.int32)),
+        ("page_size", lambda: PagedKVCache(2, 4, 24, 2, 2, 8)),
+        ("page_size", lambda: PagedKVCache(2, 4, 16, 2, 2, 8, block_size=64)),
+        ("k.shape", lambda: cache.append(k[:1], k)),
+        ("k.dtype", lambda: cache.append(k.half(), k)),
+        ("v.shape", lambda: cache.append(k, k[:, :2])),
+        ("counts", lambda: cache.append(k, k, [1, 4])),
+        ("lengths", lambda: cache.crop([1, 0])),
+        ("sequence", lambda: paged.assign(2, [0])),
+        ("pages", lambda: paged.assign(0, [0, 0])),
+        ("pages", lambda: paged.assign(0, [0, 1, 2])),
+        ("pages", lambda: paged.assign(0, [4])),
+        ("length", lambda: paged.assign(0, [0], length=17)),
+    ]
+    for name, mistake in mistakes:
+        with pytest.raises(KernelArgumentError, match=rf"^{name}:".replace(".", r"\.")):
             mistake()
