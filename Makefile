@@ -6,7 +6,7 @@ export OMP_NUM_THREADS ?= 1
 export TORCH_COMPILE_DISABLE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-gpu lint format clean
+.PHONY: help setup demo test test-slow test-gpu fuzz sanitize bench lint format clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -31,6 +31,15 @@ test-slow: setup  ## the long ones
 
 test-gpu:  ## the tests that need a CUDA device, in the current environment
 	$(PYTHON) -m pytest -m gpu tests/gpu
+
+fuzz:  ## ten thousand random shapes and inputs through every kernel, judged in fp64; needs a CUDA device
+	$(PYTHON) -W ignore -m tests.gpu.fuzz $(FUZZ)
+
+sanitize:  ## twenty of them under compute-sanitizer: no access outside a tensor (SANITIZE="--tool racecheck" for races)
+	$(PYTHON) -W ignore -m tests.gpu.sanitize $(SANITIZE)
+
+bench:  ## the kernels against the vendors' full attention, and which targets are met; needs a CUDA device
+	TORCH_COMPILE_DISABLE=0 $(PYTHON) -W ignore -m kernels.bench $(BENCH)
 
 lint: setup  ## formatter and linter, as in CI
 	$(BIN)/ruff format --check .

@@ -1,10 +1,11 @@
 """What "correct" means here, in one place: the truth, the tolerances, and the verdict.
 
 Tests, the fuzzer and the benchmark's gate all judge by this file, so that there is one tolerance everywhere. The truth is plain
-PyTorch with whole masks, in fp64; the same text run in half precision gives "PyTorch's own error", the yardstick of the largest one.
+PyTorch with whole masks, in fp64; the same text in half precision gives "PyTorch's own error", the yardstick of the largest one.
 It takes inputs on one device, never synchronises before `verdict`, and holds `[Nq, N]` scores: pass few rows of long sequences.
 """
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -22,6 +23,7 @@ NORM = {"output": 5e-3, "gradient": 1e-2}  # of the truth's norm, half precision
 NORM_FP32 = 2e-5  # three tf32 products keep this where logits stay below `CALM` nats
 CALM = 16.0
 WORST = {"output": 2.0, "gradient": 3.0}  # times the largest error of PyTorch itself in the same precision
+MOST = 1 << 28  # elements of one score matrix of the reference: 2 GB in fp64, of which about ten exist at once
 TIE = 1e-5  # block scores this close may be chosen either way (times the largest pooled logit, where that exceeds one nat)
 
 
@@ -37,6 +39,12 @@ class Masks:
         self.start = start.expand(self.batch, -1)  # [B, Nq]
         self.key, self.own = key, (self.at - self.start) // spec.block_size
         self.full = ((key <= self.at[:, None]) & (key >= self.start[..., None]))[:, None]
+
+    def of(self, group: int, h_kv: int) -> "Masks":
+        """The same places, for some of the heads."""
+        part = copy.copy(self)
+        part.group, part.h_kv = group, h_kv
+        return part
 
     def window(self, width: int) -> Tensor:
         return self.full & (self.key > self.at[:, None] - width)
@@ -62,14 +70,14 @@ class Masks:
 
 
 class Streams:
-    """Every stream of one call in plain PyTorch, in the dtype of its inputs; scores are made once and used by all.
+    """Every stream of one call in plain PyTorch, in the dtype of its inputs; the two main ones are made once and shared.
 
-    `scores_of` counts the elements of the loss's mean, for calls that hold only a sample of the rows.
+    `count`: elements of the loss's mean, which may be more than the rows that are here.
     """
 
-    def __init__(self, leaves: Sequence[Tensor], masks: Masks, blocks: Tensor, scale: float, count: int | None = None):
+    def __init__(self, leaves: Sequence[Tensor], masks: Masks, blocks: Tensor, scale: float, count: int):
         self.q, self.k, self.v, self.gate = leaves
-        self.masks, self.scale, self.count = masks, scale, count or self.q.numel()
+        self.masks, self.scale, self.count = masks, scale, count
         self.full = oracle.attention(self.q, self.k, self.v, masks.full, scale)
         self.sparse = oracle.attention(self.q, self.k, self.v, masks.sparse(blocks), scale)
 
@@ -234,8 +242,28 @@ def reference(
     names: Sequence[str], leaves: Sequence[Tensor], upstream: Tensor, masks: Masks, blocks: Tensor, scale: float,
     loss_weight: float, dtype: torch.dtype, trunk: str = "full", width: int = 1, count: int | None = None,
 ) -> dict[str, tuple]:  # fmt: skip
-    """`results` of the named streams ("full", "sparse", "ssa", "window", "compressed") in plain PyTorch in `dtype`."""
-    leaves = [x.detach().to(dtype).requires_grad_() for x in leaves]
+    """`results` of the named streams ("full", "sparse", "ssa", "window", "compressed") in plain PyTorch in `dtype`.
+
+    More than `MOST` scores are made a few query heads at a time, whose gradients of k and v are then added in fp64.
+    """
+    leaves = [x.detach().to(dtype) for x in leaves]
+    q, k, v, gate = leaves
+    each = max(1, MOST // (q.shape[0] * q.shape[1] * k.shape[1]))
+    fixed = scale, loss_weight, trunk, width, count or q.numel()
+    if each >= q.shape[2]:
+        return _reference(names, leaves, upstream, masks, blocks, *fixed)
+    parts = []
+    for h in range(k.shape[2]):
+        for lo in range(h * masks.group, (h + 1) * masks.group, each):
+            heads, kv = slice(lo, min(lo + each, (h + 1) * masks.group)), slice(h, h + 1)
+            part = [q[:, :, heads], k[:, :, kv], v[:, :, kv], gate[:, :, heads]]
+            view = masks.of(heads.stop - heads.start, 1)
+            parts.append((h, _reference(names, part, upstream[:, :, heads], view, blocks[:, :, kv], *fixed)))
+    return {name: _joined([(h, part[name]) for h, part in parts], k.shape[2]) for name in names}
+
+
+def _reference(names, leaves, upstream, masks, blocks, scale, loss_weight, trunk, width, count) -> dict[str, tuple]:
+    leaves = [x.detach().requires_grad_() for x in leaves]
     streams = Streams(leaves, masks, blocks, scale, count)
     calls = {
         "full": lambda: streams.full,
@@ -245,3 +273,18 @@ def reference(
         "compressed": streams.compressed,
     }
     return {name: results(calls[name], leaves, upstream, loss_weight, keep=True) for name in names}
+
+
+def _joined(parts: list[tuple[int, tuple]], h_kv: int) -> tuple[list[Tensor], list[Tensor]]:
+    """Results of some query heads each (with their KV head) as those of the whole call."""
+    outputs = [torch.cat([outputs[0] for _, (outputs, _) in parts], 2)]
+    if len(parts[0][1][0]) > 1:
+        outputs.append(sum(outputs[1] for _, (outputs, _) in parts))
+    grads = []
+    for i in range(len(parts[0][1][1])):
+        pieces = [(h, grads[i]) for h, (_, grads) in parts]
+        if i in (1, 2):
+            grads.append(torch.cat([sum(x.double() for h, x in pieces if h == head) for head in range(h_kv)], 2))
+        else:
+            grads.append(torch.cat([x for _, x in pieces], 2))
+    return outputs, grads

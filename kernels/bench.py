@@ -1,177 +1,236 @@
-"""`python -m kernels.bench`: times SSA against the vendors' full attention, in one process, and appends to a dated CSV.
+"""`python -m kernels.bench`: times SSA against the vendors' full attention in one process, and says which targets are met.
 
-It measures and does not judge: tests/gpu/kernels must pass before a figure from here is believed, and what refuses a
-shape is a row that says so. It refuses to run without a CUDA device.
+Every row's own call is first judged against fp64 (`bench_gate`): one that fails is written as failed, and the exit code is 1;
+what refuses a shape is a row that says why. Rows go to a dated CSV. It refuses to run without a CUDA device.
 """
 
 import argparse
 import csv
 import datetime
+import multiprocessing
+import os
+import statistics
 import subprocess
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 import triton
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import kernels
-from kernels import BlockSpec
+from . import bench_picture, bench_targets
+from .bench_cases import KINDS, PICTURE, SHAPES, Contender, Sample, contenders, gate_and_loss, make, overlap
+from .bench_gate import judge
 
-SHAPES = {  # batch, tokens, Hq, Hkv, D
-    "A 8k": (1, 8192, 32, 2, 64),
-    "A 8k x4": (4, 8192, 32, 2, 64),
-    "A 32k": (1, 32768, 32, 2, 64),
-    "A 128k": (1, 131072, 32, 2, 64),
-    "B 8k": (1, 8192, 32, 8, 128),
-    "B 32k": (1, 32768, 32, 8, 128),
-    "C 8k": (1, 8192, 32, 32, 128),
-    "D 8k": (1, 8192, 64, 4, 128),
-}
 COLUMNS = (
-    "date,device,torch,triton,commit,shape,what,selection,forward_ms,both_ms,tflops,to_cudnn,to_flash,peak_mib,note"
-)
+    "date", "device", "torch", "triton", "commit", "run", "shape", "selection", "jaccard", "blocks_back", "what",
+    "forward_ms", "both_ms", "forward_tflops", "both_tflops", "forward_to_cudnn", "both_to_cudnn", "forward_to_flash",
+    "both_to_flash", "peak_mib", "note",
+)  # fmt: skip
+EVERY_KIND = ("A 8k", "B 8k", "C 8k")  # the other shapes are timed on the random selection alone
+SELECTIVE = (
+    "SDPA cudnn",
+    "SDPA flash",
+    "sparse",
+    "SSA, trunk",
+    "parallel_nsa",
+)  # rows that the kind of selection can change
+FLUSH = 1 << 28  # bytes written between two timed calls, so that none finds its inputs in the L2 cache
 
 
-def median_ms(function, rep: int) -> float:
-    return triton.testing.do_bench(function, warmup=rep // 4, rep=rep, return_mode="median")
+def median_ms(function: Callable, rep: float) -> float:
+    """Median of about `rep` milliseconds of calls, at least 3 and at most 200, each with a cold L2 cache."""
+    cache = torch.empty(FLUSH, dtype=torch.int8, device="cuda")
+
+    def timed(count: int) -> list[float]:
+        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(count)]
+        for before, after in events:
+            cache.zero_()
+            before.record()
+            function()
+            after.record()
+        torch.cuda.synchronize()
+        return [before.elapsed_time(after) for before, after in events]
+
+    function()
+    once = timed(1)[0]
+    return statistics.median(timed(min(200, max(3, int(rep / once)))))
 
 
-def make(shape, selection: str):
-    """Random inputs; `local` and `overlap` give keys that drift slowly, so that neighbours select alike."""
-    batch, n, h_q, h_kv, dim = shape
-    gen = torch.Generator("cuda").manual_seed(0)
-
-    def normal(heads):
-        return torch.randn(batch, n, heads, dim, device="cuda", generator=gen)
-
-    q, k, v, upstream = normal(h_q), normal(h_kv), normal(h_kv), normal(h_q)
-    if selection != "random":
-        step = 16 if selection == "local" else 64
-        slow = torch.randn(batch, n // step + 1, h_q, dim, device="cuda", generator=gen)
-        q = 0.1 * q + slow.repeat_interleave(step, 1)[:, :n]
-    gate = torch.rand(batch, n, h_q, device="cuda", generator=gen)
-    leaves = [x.bfloat16().requires_grad_() for x in (q, k, v, gate)]
-    return leaves, upstream.bfloat16()
-
-
-def sdpa(backend):
-    def run(q, k, v, gate):
-        with sdpa_kernel(backend):
-            heads_first = (x.transpose(1, 2) for x in (q, k, v))
-            out = F.scaled_dot_product_attention(*heads_first, is_causal=True, enable_gqa=q.shape[2] != k.shape[2])
-        return out.transpose(1, 2)
-
-    return run
-
-
-def contenders(spec: BlockSpec, docs):
-    yield "SDPA cudnn", sdpa(SDPBackend.CUDNN_ATTENTION)
-    yield "SDPA flash", sdpa(SDPBackend.FLASH_ATTENTION)
-    yield "triton dense", triton_dense
-    yield "sparse with routing", lambda q, k, v, g: kernels.sparse_attention(q, k, v, spec, backend="triton")
-    yield "routing", lambda q, k, v, g: kernels.select_blocks(q, k, spec, backend="triton")
-    for trunk in ("full", "sparse"):
-        yield f"SSA, trunk {trunk}", ssa(spec, trunk, None)
-    yield "SSA, one document given", ssa(spec, "full", torch.zeros_like(docs))
-    yield "SSA, 8 documents", ssa(spec, "full", docs)
-
-
-def ssa(spec, trunk, docs):
-    return lambda q, k, v, g: kernels.ssa_attention(q, k, v, g, spec, trunk=trunk, doc_starts=docs, backend="triton")
-
-
-def triton_dense(q, k, v, gate):
-    from .triton_backend import _Dense
-    from .triton_dense import Dense
-
-    return _Dense.apply(q, k, v, q.shape[3] ** -0.5, Dense(k.shape[1]))
-
-
-def both_ways(function, leaves, upstream):
+def both_ways(contender: Contender, sample: Sample) -> Callable:
     def run():
-        result = function(*leaves)
+        result = contender.call(*sample.leaves)
         outputs = result if isinstance(result, tuple) else (result,)
-        seeds = (upstream, *(torch.full_like(x, 0.6) for x in outputs[1:]))
-        used = leaves if len(outputs) > 1 else leaves[:3]
-        torch.autograd.grad(outputs, used, seeds)
+        seeds = (sample.upstream, *(torch.full_like(x, 0.6) for x in outputs[1:]))
+        torch.autograd.grad(outputs, sample.leaves if len(outputs) > 1 else sample.leaves[:3], seeds)
 
     return run
 
 
-def measure(name, function, leaves, upstream, rep):
+def measure(contender: Contender, sample: Sample, rep: float) -> dict:
+    """Times, and the peak of forward and backward above the inputs."""
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    with torch.no_grad():
-        function(*leaves)
-        forward = median_ms(lambda: function(*leaves), rep)
-    if name == "routing":
-        return forward, forward, 0.0
-    run = both_ways(function, leaves, upstream)
-    run()
+    run = both_ways(contender, sample) if contender.backward else lambda: contender.call(*sample.leaves)
+    with torch.set_grad_enabled(contender.backward):
+        run()
     peak = (torch.cuda.max_memory_allocated() - before) / 2**20
-    return forward, median_ms(run, rep), peak
+    with torch.no_grad():
+        forward = median_ms(lambda: contender.call(*sample.leaves), rep)
+    found = {"forward_ms": forward, "forward_tflops": contender.flops[0] / forward / 1e9, "peak_mib": peak}
+    if contender.backward:
+        both = median_ms(run, rep)
+        found |= {"both_ms": both, "both_tflops": sum(contender.flops) / both / 1e9}
+    elif contender.truth == "select":  # routing has no backward: it costs a training step what it costs here
+        found |= {"both_ms": forward}
+    return found
 
 
-def ratio(time: float, baseline: float | None) -> float | str:
-    return round(time / baseline, 3) if baseline else ""
-
-
-def bench(shape_name: str, selection: str, rep: int, only: list[str]):
-    shape = SHAPES[shape_name]
-    batch, n, h_q, _, dim = shape
-    leaves, upstream = make(shape, selection)
-    place = torch.arange(n, device="cuda", dtype=torch.int32)
-    docs = (place // (n // 8) * (n // 8)).expand(batch, -1).contiguous()
-    spec, times = BlockSpec(), {}
-    for name, function in contenders(spec, docs):
-        if only and not any(word in name for word in only):
-            continue
+def rows_of(sample: Sample, rows: list[Contender], run: int, rep: float, judged: dict) -> Iterator[dict]:
+    """Every contender's row; ratios are to this run's own baselines."""
+    jaccard, back = overlap(sample.selected("none"))
+    shared = {"run": run, "shape": sample.name, "selection": sample.kind, "jaccard": jaccard, "blocks_back": back}
+    base: dict[str, dict] = {}
+    for contender in rows:
+        row, key = shared | {"what": contender.what}, (sample.name, sample.kind, contender.what)
         try:
-            forward, both, peak = measure(name, function, leaves, upstream, rep)
+            if key not in judged:
+                judged[key] = judge(contender, sample)
+            row |= measure(contender, sample, rep)
+            row["note"] = f"FAILED accuracy: {judged[key]}" if judged[key] else ""
         except Exception as problem:  # a refusal is a result
-            yield {"shape": shape_name, "what": name, "selection": selection, "note": f"refused: {str(problem)[:80]}"}
-            continue
-        times[name] = both
-        flops = 7 * n * n * dim * h_q * batch
-        yield {
-            "shape": shape_name, "what": name, "selection": selection,
-            "forward_ms": round(forward, 3), "both_ms": round(both, 3), "tflops": round(flops / both / 1e9),
-            "to_cudnn": ratio(both, times.get("SDPA cudnn")), "to_flash": ratio(both, times.get("SDPA flash")),
-        "peak_mib": round(peak), }  # fmt: skip
+            row["note"] = f"refused: {type(problem).__name__}: {' '.join(str(problem).split())[:120]}"
+        base[contender.what] = row
+        for name in ("cudnn", "flash"):
+            for way in ("forward", "both"):
+                ours, theirs = row.get(f"{way}_ms"), base.get(f"SDPA {name}", {}).get(f"{way}_ms")
+                if ours and theirs:
+                    row[f"{way}_to_{name}"] = ours / theirs
+        yield row
+    if "SSA, trunk full" in base and sample.kind == "random":
+        forward, backward = (median_ms(f, rep) for f in gate_and_loss(sample))
+        yield shared | {"what": "gate and loss", "forward_ms": forward, "both_ms": forward + backward, "note": ""}
 
 
-def main() -> None:
+def chosen(sample: Sample, a: argparse.Namespace) -> list[Contender]:
+    """The contenders of one sample that were asked for, less what the kind of selection cannot change."""
+    rows = contenders(sample, a.flex, whole=a.picture)
+    if a.picture:
+        return [c for c in rows if c.what in bench_picture.LINES]
+    rows = [c for c in rows if sample.kind == "random" or c.what.startswith(SELECTIVE)]
+    return [c for c in rows if not a.only or any(word in c.what for word in a.only)]
+
+
+def shown(row: dict) -> str:
+    if "forward_ms" not in row:
+        return f"  {row['what']:30s} {row['note']}"
+    both = f"{row['both_ms']:9.3f}" if "both_ms" in row else "        -"
+    rate = f"{row.get('forward_tflops', 0):5.0f} / {row.get('both_tflops', 0):4.0f} TF/s"
+    against = "  ".join(f"x {n} {row[f'both_to_{n}']:.3f}" for n in ("cudnn", "flash") if f"both_to_{n}" in row)
+    text = f"  {row['what']:30s} {row['forward_ms']:8.3f} / {both} ms  {rate}  {row.get('peak_mib', 0):6.0f} MiB  {against}"
+    return f"{text}  {row['note']}"
+
+
+def cell(value):
+    return f"{value:.4g}" if isinstance(value, float) else value
+
+
+def warm(name: str, kind: str, shapes: dict, what: str) -> None:
+    """Compile what one contender needs, into Triton's cache on disk; refusals are met again where they are reported."""
+    sample = make(name, kind, shapes)
+    for contender in contenders(sample):
+        if contender.what == what:
+            try:
+                both_ways(contender, sample)() if contender.backward else contender.call(*sample.leaves)
+                torch.cuda.synchronize()
+            except Exception:
+                return
+
+
+def warm_all(names: list[str], shapes: dict, workers: int) -> None:
+    """One contender of one shape a task. Only compiling is parallel: nothing is timed while these run."""
+    ours = ("our dense", "our dense, documents of 1k", "sparse with routing", "SSA, trunk full", "SSA, trunk sparse")
+    ours += ("SSA, one document given", "parallel_nsa, given blocks")
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        list(pool.map(warm, *zip(*((n, "random", shapes, what) for n in names for what in ours), strict=True)))
+
+
+def commit_here() -> str:
+    run = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    return run.stdout.strip() or "unknown"
+
+
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m kernels.bench", description=__doc__)
-    parser.add_argument("--shape", nargs="+", choices=SHAPES, default=["A 8k x4", "A 8k", "A 32k", "B 8k", "C 8k"])
-    parser.add_argument("--selection", nargs="+", choices=("random", "local", "overlap"), default=["random"])
+    parser.add_argument("--shape", nargs="+", choices=SHAPES, default=list(SHAPES))
+    kinds = "; ".join(f"{k}: {v}" for k, v in KINDS.items())
+    parser.add_argument(
+        "--selection", nargs="+", choices=KINDS, help=f"default: all at {EVERY_KIND}, else random. {kinds}"
+    )
     parser.add_argument("--only", nargs="*", default=[], help="contenders whose name contains one of these words")
-    parser.add_argument("--rep", type=int, default=100, help="milliseconds of repetition per timing")
+    parser.add_argument("--runs", type=int, default=1, help="repeat everything; targets are judged by the median")
+    parser.add_argument("--rep", type=float, default=50.0, help="milliseconds of calls per timing")
+    parser.add_argument("--flex", action="store_true", help="also FlexAttention (compiling it takes a while per shape)")
+    parser.add_argument(
+        "--picture", action="store_true", help="time lengths 1k to 128k and write bench-h100.svg beside this"
+    )
+    parser.add_argument(
+        "--workers", type=int, default=min(16, os.cpu_count() or 1), help="processes that compile; 0: none"
+    )
+    parser.add_argument("--commit", default=commit_here(), help="what the rows say of the code, where there is no git")
     parser.add_argument("--out", type=Path, default=Path("kernels-bench.csv"), help="CSV to append to")
-    arguments = parser.parse_args()
+    return parser.parse_args()
+
+
+def writer(path: Path, common: dict) -> Callable[[dict], None]:
+    """Appends rows; a file with other columns is not touched."""
+    if path.exists() and path.open().readline().strip() != ",".join(COLUMNS):
+        raise SystemExit(f"{path} has other columns: move it away or choose another --out")
+    if not path.exists():
+        path.write_text(",".join(COLUMNS) + "\n")
+
+    def write(row: dict) -> None:
+        with path.open("a", newline="") as file:
+            csv.DictWriter(file, COLUMNS).writerow({key: cell(value) for key, value in (common | row).items()})
+
+    return write
+
+
+def main() -> int:
+    a = arguments()
     if not torch.cuda.is_available():
         raise SystemExit("kernels.bench needs a CUDA device")
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    common = {
-        "date": datetime.date.today().isoformat(), "device": torch.cuda.get_device_name(), "torch": torch.__version__,
-        "triton": triton.__version__, "commit": commit,
-    }  # fmt: skip
-    new = not arguments.out.exists()
-    with arguments.out.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS.split(","))
-        if new:
-            writer.writeheader()
-        for shape in arguments.shape:
-            for selection in arguments.selection:
-                print(f"{shape} {SHAPES[shape]} {selection}", flush=True)
-                for row in bench(shape, selection, arguments.rep, arguments.only):
-                    writer.writerow(common | row)
-                    file.flush()
-                    text = row.get("note") or "{forward_ms:9.3f} / {both_ms:9.3f} ms  {tflops:5} TF/s".format(**row)
-                    against = f"  x cudnn {row['to_cudnn']}  x flash {row['to_flash']}" if "to_cudnn" in row else ""
-                    print(f"  {row['what']:26s} {text}{against}  {row.get('peak_mib', '')} MiB", flush=True)
+    device = torch.cuda.get_device_name()
+    versions = {"torch": torch.__version__, "triton": triton.__version__}
+    common = {"date": datetime.date.today().isoformat(), "device": device, **versions, "commit": a.commit}
+    write, rows, judged, start = writer(a.out, common), [], {}, time.time()
+    names, shapes = (list(PICTURE), PICTURE) if a.picture else (a.shape, SHAPES)
+    if a.workers:
+        warm_all(names, shapes, a.workers)
+        print(f"compiled in {time.time() - start:.0f} s", flush=True)
+    for run in range(1, a.runs + 1):
+        for name in names:
+            for kind in a.selection or (KINDS if name in EVERY_KIND and not a.picture else ("random",)):
+                sample = make(name, kind, shapes)
+                print(f"run {run}: {name} {shapes[name]} {kind}", flush=True)
+                for row in rows_of(sample, chosen(sample, a), run, a.rep, judged):
+                    write(row)
+                    rows.append(row)
+                    print(shown(row), flush=True)
+                print(f"  jaccard {rows[-1]['jaccard']:.2f}, {rows[-1]['blocks_back']:.0f} blocks back", flush=True)
+                del sample
+    if a.picture:
+        path = Path(__file__).with_name("bench-h100.svg")
+        path.write_text(bench_picture.draw(rows, common))
+        print(f"wrote {path}")
+    else:
+        print("\n" + bench_targets.table(rows))
+    failed = [row for row in rows if row["note"].startswith("FAILED")]
+    print(f"{len(rows)} rows, {len(failed)} failed accuracy, {time.time() - start:.0f} s on {device}")
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -32,8 +32,10 @@ def build(case):
     return leaves, upstream, spec, masks, {"doc_starts": docs, "query_index": index}
 
 
+@pytest.mark.parametrize("most", [1, 10**9], ids=["by heads", "at once"])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_the_truth_is_the_oracles(case):
+def test_the_truth_is_the_oracles(case, most, monkeypatch):
+    monkeypatch.setattr(accuracy, "MOST", most)
     leaves, upstream, spec, masks, options = build(case)
     scale = 8**-0.5
     blocks = oracle.select_blocks(*(x.detach() for x in leaves[:2]), spec, scale, **options)
