@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 import triton
 
-from . import bench_picture, bench_targets
+from . import bench_picture, bench_tables, bench_targets
 from .bench_cases import KINDS, PICTURE, SHAPES, Contender, Sample, contenders, gate_and_loss, make, overlap
 from .bench_gate import judge
 
@@ -226,7 +226,8 @@ def main() -> int:
         path.write_text(bench_picture.draw(rows, common))
         print(f"wrote {path}")
     else:
-        print("\n" + bench_targets.table(rows))
+        tables = [bench_tables.times(rows, kind) for kind in KINDS]
+        print("\n" + "\n\n".join([*filter(None, tables), bench_targets.table(rows)]))
     failed = [row for row in rows if row["note"].startswith("FAILED")]
     print(f"{len(rows)} rows, {len(failed)} failed accuracy, {time.time() - start:.0f} s on {device}")
     return 1 if failed else 0

@@ -12,7 +12,7 @@ from collections import Counter
 
 import torch
 
-from .fuzz_cases import check, draw_case, draw_configuration
+from .fuzz_cases import Outcome, check, draw_case, draw_configuration
 
 SHOWN = 20  # failures printed in full
 
@@ -35,6 +35,7 @@ class Tally:
 
     def __init__(self):
         self.cases, self.failed, self.worst, self.failures = 0, 0, {}, []
+        self.compiling = self.running = 0.0  # seconds of all workers: first cases of a configuration, and the others
 
     def add(self, where: str, outcome) -> None:
         self.cases += 1
@@ -51,6 +52,7 @@ class Tally:
     def merge(self, other: "Tally") -> None:
         self.cases, self.failed = self.cases + other.cases, self.failed + other.failed
         self.failures += other.failures
+        self.compiling, self.running = self.compiling + other.compiling, self.running + other.running
         for key, (norm, at, worst, place) in other.worst.items():
             mine = self.worst.get(key, (0.0, "", 0.0, ""))
             self.worst[key] = (*max(mine[:2], (norm, at)), *max(mine[2:], (worst, place)))
@@ -58,8 +60,18 @@ class Tally:
 
 def run_one(a: argparse.Namespace, index: int, number: int, tally: Tally) -> None:
     configuration = draw_configuration(a.seed, index, a.tiny)
-    case = draw_case(configuration, a.seed, index, number, a.tiny)
-    tally.add(f"{index}:{number}", check(configuration, case, "cpu" if a.tiny else "cuda", not a.no_judge))
+    case, start = draw_case(configuration, a.seed, index, number, a.tiny), time.time()
+    try:
+        outcome = check(configuration, case, "cpu" if a.tiny else "cuda", not a.no_judge)
+    except (RuntimeError, ValueError, TypeError) as problem:
+        if "CUDA error" in str(problem):  # nothing this process does afterwards would mean anything
+            raise
+        outcome = Outcome([], [f"{type(problem).__name__}: {' '.join(str(problem).split())[:200]}"])
+    tally.add(f"{index}:{number}", outcome)
+    if number:
+        tally.running += time.time() - start
+    else:
+        tally.compiling += time.time() - start
 
 
 def prepare() -> None:
@@ -104,7 +116,9 @@ def spawn(a: argparse.Namespace) -> tuple[Tally, list[str]]:
         except Exception:  # nobody finished within this second
             for rank in [r for r in waiting if processes[r].exitcode not in (None, 0) or time.time() > deadline + 30]:
                 index, number = current[2 * rank : 2 * rank + 2]
-                how = "hung" if processes[rank].exitcode is None else f"died with code {processes[rank].exitcode}"
+                how = (
+                    "did not end" if processes[rank].exitcode is None else f"died with code {processes[rank].exitcode}"
+                )
                 dead.append(f"worker {rank} {how} at --only {index}:{number}")
                 waiting.discard(rank)
                 processes[rank].kill()
@@ -148,6 +162,7 @@ def main() -> int:
         print(f"  {key:20s} {norm:6.2f} {at:>9s}   {worst:6.2f} {place:>9s}")
     short = f" (of {a.cases} wanted: out of time)" if total.cases < a.cases else ""
     ended = f"{total.failed} failed, {len(dead)} workers lost, {took:.0f} s, {total.cases / took:.1f} cases/s"
+    print(f"workers' seconds: {total.compiling:.0f} compiling, {total.running:.0f} running")
     print(f"{total.cases} cases{short}, {ended}, seed {a.seed}")
     return 1 if total.failed or dead or not total.cases else 0
 
