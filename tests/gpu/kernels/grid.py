@@ -87,6 +87,13 @@ def run(leaves, upstream, spec, options, names, trunk="full"):
     }
 
 
+def check_selection(blocks, leaves, spec, options) -> None:
+    q, k = leaves[:2]
+    judged = accuracy.selection(blocks, q, k, accuracy.Masks(q, k, spec, *options.values()), q.shape[3] ** -0.5)
+    assert int(judged.malformed) == 0
+    assert float(judged.gap) <= 1.0, f"a block {float(judged.gap):.1f} ties worse than one left out"
+
+
 def compile_case(case, dtype) -> None:
     leaves, upstream, spec, options = build(case, dtype)
     for trunk in ("full", "sparse"):

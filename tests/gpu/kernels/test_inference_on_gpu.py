@@ -1,6 +1,6 @@
 """Cached attention on the GPU against fp64 attention over the whole sequence, row by row.
 
-Tolerances as in test_triton_on_gpu.py: output norms within 5e-3 in half precision and 2e-5 in fp32; selections are
+Tolerances as everywhere (`kernels.accuracy`): output norms within 5e-3 in half precision and 2e-5 in fp32; selections are
 fp64's except where scores tie within 1e-5. Caches start as NaN.
 """
 
@@ -12,7 +12,7 @@ from kernels import BlockSpec, cached_attention, cached_blocks
 
 from ...kernels.cached import fill, make_cache, sequences, step
 from ...kernels.support import relative_error
-from .test_triton_on_gpu import check_selection
+from .grid import check_selection
 
 pytestmark = pytest.mark.gpu
 
