@@ -15,6 +15,7 @@ from .layout import remembered, slot_count
 from .triton_routing import LOG2E
 
 PARTS = 4  # programs that may share a block selected by many tokens (an attention sink is selected by all of them)
+TILE_BYTES = 1 << 15  # most of one key tile of dK/dV; larger blocks are walked in parts
 SPAN = 512  # entries a program takes before another helps
 
 
@@ -152,8 +153,9 @@ def _backward_kv(
     q_ptr, k_ptr, v_ptr, order_ptr, offset_ptr, block_start_ptr, block_total_ptr, index_ptr, do_ptr, lse_ptr, delta_ptr,
     dk_ptr, dv_ptr, dk_part_ptr, dv_part_ptr,
     n, n_q, ids, scale, scale_log2, h_q: tl.constexpr, h_kv: tl.constexpr, SIZE: tl.constexpr, COUNT: tl.constexpr,
-    D: tl.constexpr, SIZE_P: tl.constexpr, GROUP_P: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr,
-    SPAN: tl.constexpr, HAS_DOCS: tl.constexpr, HAS_INDEX: tl.constexpr, ADD: tl.constexpr, STAGES: tl.constexpr,
+    D: tl.constexpr, SIZE_P: tl.constexpr, KEYS: tl.constexpr, GROUP_P: tl.constexpr, ROWS: tl.constexpr,
+    PARTS: tl.constexpr, SPAN: tl.constexpr, HAS_DOCS: tl.constexpr, HAS_INDEX: tl.constexpr, ADD: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """One program per (block, KV head, part of the tokens that selected it); a popular block is shared by PARTS."""
     h, part, b = tl.program_id(1) // PARTS, tl.program_id(1) % PARTS, tl.program_id(2).to(tl.int64)
@@ -165,41 +167,42 @@ def _backward_kv(
         parts, begin, end = _share(offset_ptr, (b * h_kv + h) * ids + block, part, PARTS, SPAN)
         if part < parts:
             start, size = _block_place(block_start_ptr, b, block, last, n, SIZE, HAS_DOCS)
-            offset = tl.arange(0, SIZE_P)
-            key = start + offset
-            key_real = offset < size
-            at = ((b * n + key) * h_kv + h)[:, None] * D + dim[None, :]
-            k = tl.load(k_ptr + at, mask=key_real[:, None], other=0.0)
-            v = tl.load(v_ptr + at, mask=key_real[:, None], other=0.0)
-            dk = tl.zeros([SIZE_P, D], tl.float32)
-            dv = tl.zeros([SIZE_P, D], tl.float32)
-            for first in tl.range(begin, end, TOKENS, num_stages=STAGES):
-                entry = first + row_of
-                real = (entry < end) & (head < group)
-                row = (tl.load(order_ptr + entry, mask=entry < end, other=0) // COUNT) % n_q
-                q_row = (b * n_q + row) * h_q + h * group + head
-                q = tl.load(q_ptr + q_row[:, None] * D + dim[None, :], mask=real[:, None], other=0.0)
-                do = tl.load(do_ptr + q_row[:, None] * D + dim[None, :], mask=real[:, None], other=0.0)
-                lse = tl.load(lse_ptr + q_row, mask=real, other=float("inf"))
-                delta = tl.load(delta_ptr + q_row, mask=real, other=0.0)
-                t = tl.load(index_ptr + row, mask=real, other=-1) if HAS_INDEX else row
-                score = tl.dot(k, tl.trans(q), input_precision="tf32x3") * scale_log2
-                seen = key_real[:, None] & real[None, :] & (key[:, None] <= t[None, :])
-                weight = tl.where(seen, tl.exp2(score - lse[None, :]), 0.0)
-                dv = tl.dot(weight.to(do.dtype), do, dv, input_precision="tf32x3")
-                d_score = weight * (tl.dot(v, tl.trans(do), input_precision="tf32x3") - delta[None, :])
-                dk = tl.dot(d_score.to(q.dtype), q, dk, input_precision="tf32x3")
-            dk *= scale
-            if parts > 1:
-                out = part * (tl.num_programs(2).to(tl.int64) * n * h_kv * D) + at
-                tl.store(dk_part_ptr + out, dk, mask=key_real[:, None])
-                tl.store(dv_part_ptr + out, dv, mask=key_real[:, None])
-            else:
-                if ADD:
-                    dk += tl.load(dk_ptr + at, mask=key_real[:, None], other=0.0).to(tl.float32)
-                    dv += tl.load(dv_ptr + at, mask=key_real[:, None], other=0.0).to(tl.float32)
-                tl.store(dk_ptr + at, dk.to(dk_ptr.dtype.element_ty), mask=key_real[:, None])
-                tl.store(dv_ptr + at, dv.to(dv_ptr.dtype.element_ty), mask=key_real[:, None])
+            for lower in tl.static_range(0, SIZE_P, KEYS):
+                offset = lower + tl.arange(0, KEYS)
+                key = start + offset
+                key_real = offset < size
+                at = ((b * n + key) * h_kv + h)[:, None] * D + dim[None, :]
+                k = tl.load(k_ptr + at, mask=key_real[:, None], other=0.0)
+                v = tl.load(v_ptr + at, mask=key_real[:, None], other=0.0)
+                dk = tl.zeros([KEYS, D], tl.float32)
+                dv = tl.zeros([KEYS, D], tl.float32)
+                for first in tl.range(begin, end, TOKENS, num_stages=STAGES):
+                    entry = first + row_of
+                    real = (entry < end) & (head < group)
+                    row = (tl.load(order_ptr + entry, mask=entry < end, other=0) // COUNT) % n_q
+                    q_row = (b * n_q + row) * h_q + h * group + head
+                    q = tl.load(q_ptr + q_row[:, None] * D + dim[None, :], mask=real[:, None], other=0.0)
+                    do = tl.load(do_ptr + q_row[:, None] * D + dim[None, :], mask=real[:, None], other=0.0)
+                    lse = tl.load(lse_ptr + q_row, mask=real, other=float("inf"))
+                    delta = tl.load(delta_ptr + q_row, mask=real, other=0.0)
+                    t = tl.load(index_ptr + row, mask=real, other=-1) if HAS_INDEX else row
+                    score = tl.dot(k, tl.trans(q), input_precision="tf32x3") * scale_log2
+                    seen = key_real[:, None] & real[None, :] & (key[:, None] <= t[None, :])
+                    weight = tl.where(seen, tl.exp2(score - lse[None, :]), 0.0)
+                    dv = tl.dot(weight.to(do.dtype), do, dv, input_precision="tf32x3")
+                    d_score = weight * (tl.dot(v, tl.trans(do), input_precision="tf32x3") - delta[None, :])
+                    dk = tl.dot(d_score.to(q.dtype), q, dk, input_precision="tf32x3")
+                dk *= scale
+                if parts > 1:
+                    out = part * (tl.num_programs(2).to(tl.int64) * n * h_kv * D) + at
+                    tl.store(dk_part_ptr + out, dk, mask=key_real[:, None])
+                    tl.store(dv_part_ptr + out, dv, mask=key_real[:, None])
+                else:
+                    if ADD:
+                        dk += tl.load(dk_ptr + at, mask=key_real[:, None], other=0.0).to(tl.float32)
+                        dv += tl.load(dv_ptr + at, mask=key_real[:, None], other=0.0).to(tl.float32)
+                    tl.store(dk_ptr + at, dk.to(dk_ptr.dtype.element_ty), mask=key_real[:, None])
+                    tl.store(dv_ptr + at, dv.to(dv_ptr.dtype.element_ty), mask=key_real[:, None])
 
 
 @triton.jit
@@ -304,12 +307,15 @@ def backward_kv(q, k, v, index, lse, do, delta, size: int, count: int, scale: fl
     dk, dv = dkv if add else (torch.empty_like(k), torch.empty_like(v))
     order, offsets, block_start, total, ids = index
     group_p, size_p = triton.next_power_of_2(h_q // h_kv), max(16, triton.next_power_of_2(size))
+    keys = size_p  # of one walk over the tokens: two tiles [keys, D] must fit in shared memory
+    while keys > 16 and keys * dim * k.element_size() > TILE_BYTES:
+        keys //= 2
     dk_part, dv_part = (torch.empty(PARTS, *k.shape, dtype=torch.float32, device=k.device) for _ in range(2))
     grid = slot_count(n, size)
     _backward_kv[(grid, h_kv * PARTS, batch)](
         q, k, v, order, offsets, block_start, total, query_index, do, lse, delta, dk, dv, dk_part, dv_part,
-        n, n_q, ids, scale, scale * LOG2E, h_q, h_kv, size, count, dim, size_p, group_p, max(config.dkv_rows, group_p),
-        PARTS, SPAN, HAS_DOCS=total is not None, HAS_INDEX=query_index is not None, ADD=add, STAGES=config.dkv_stages,
+        n, n_q, ids, scale, scale * LOG2E, h_q, h_kv, size, count, dim, size_p, keys, group_p,
+        max(config.dkv_rows, group_p), PARTS, SPAN, HAS_DOCS=total is not None, HAS_INDEX=query_index is not None, ADD=add, STAGES=config.dkv_stages,
         num_warps=config.dkv_warps,
     )  # fmt: skip
     _sum_parts[(grid, h_kv, batch)](

@@ -63,7 +63,7 @@ def run_one(a: argparse.Namespace, index: int, number: int, tally: Tally) -> Non
     case, start = draw_case(configuration, a.seed, index, number, a.tiny), time.time()
     try:
         outcome = check(configuration, case, "cpu" if a.tiny else "cuda", not a.no_judge)
-    except (RuntimeError, ValueError, TypeError) as problem:
+    except Exception as problem:
         if "CUDA error" in str(problem):  # nothing this process does afterwards would mean anything
             raise
         outcome = Outcome([], [f"{type(problem).__name__}: {' '.join(str(problem).split())[:200]}"])
