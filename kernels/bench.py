@@ -208,6 +208,7 @@ def main() -> int:
     write, rows, judged, start = writer(a.out, common), [], {}, time.time()
     names, shapes = (list(PICTURE), PICTURE) if a.picture else (a.shape, SHAPES)
     if a.workers:
+        print(f"compiling for {', '.join(names)}", flush=True)
         warm_all(names, shapes, a.workers)
         print(f"compiled in {time.time() - start:.0f} s", flush=True)
     for run in range(1, a.runs + 1):

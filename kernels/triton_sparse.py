@@ -315,8 +315,8 @@ def backward_kv(q, k, v, index, lse, do, delta, size: int, count: int, scale: fl
     _backward_kv[(grid, h_kv * PARTS, batch)](
         q, k, v, order, offsets, block_start, total, query_index, do, lse, delta, dk, dv, dk_part, dv_part,
         n, n_q, ids, scale, scale * LOG2E, h_q, h_kv, size, count, dim, size_p, keys, group_p,
-        max(config.dkv_rows, group_p), PARTS, SPAN, HAS_DOCS=total is not None, HAS_INDEX=query_index is not None, ADD=add, STAGES=config.dkv_stages,
-        num_warps=config.dkv_warps,
+        max(config.dkv_rows, group_p), PARTS, SPAN, HAS_DOCS=total is not None, HAS_INDEX=query_index is not None,
+        ADD=add, STAGES=config.dkv_stages, num_warps=config.dkv_warps,
     )  # fmt: skip
     _sum_parts[(grid, h_kv, batch)](
         offsets, block_start, total, dk, dv, dk_part, dv_part, n, ids, h_kv, size, dim, size_p, PARTS, SPAN,

@@ -24,7 +24,7 @@ else:
     import torch
 
     import kernels
-    from kernels import BlockSpec
+    from kernels import BlockSpec, triton_sparse
 
     from .support import assert_close, documents, inputs, outputs_and_gradients, places
 
@@ -73,6 +73,11 @@ else:
 
     def test_sparse_stream_alone():
         leaves, upstream, spec, options = build(CASES[2])
+        agree(kernels.sparse_attention, *leaves[:3], spec, upstream=upstream, leaves=leaves[:3], **options)
+
+    def test_blocks_too_large_for_one_tile_are_walked_in_parts(monkeypatch):
+        monkeypatch.setattr(triton_sparse, "TILE_BYTES", 512)
+        leaves, upstream, spec, options = build((70, 2, 1, 16, 32, 2, 40, 0))
         agree(kernels.sparse_attention, *leaves[:3], spec, upstream=upstream, leaves=leaves[:3], **options)
 
     def test_authors_selection():
