@@ -167,7 +167,7 @@ def _backward_kv(
         parts, begin, end = _share(offset_ptr, (b * h_kv + h) * ids + block, part, PARTS, SPAN)
         if part < parts:
             start, size = _block_place(block_start_ptr, b, block, last, n, SIZE, HAS_DOCS)
-            for lower in tl.static_range(0, SIZE_P, KEYS):
+            for lower in range(0, SIZE_P, KEYS):
                 offset = lower + tl.arange(0, KEYS)
                 key = start + offset
                 key_real = offset < size
