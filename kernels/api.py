@@ -131,12 +131,15 @@ def ssa_attention(
     scale: float | None = None,
     doc_starts: Tensor | None = None,
     query_index: Tensor | None = None,
+    blocks: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Both streams, gated, and their alignment loss (arXiv 2511.20102, section 3).
 
     gate: [B, Nq, Hq] in (0, 1), any floating type; multiplies both streams.
     trunk: "full" or "sparse", the stream that is returned.
+    blocks: int32 [B, Nq, Hkv, any] as `select_blocks` returns; routed here when None. Give them when q holds only some
+        of the heads that share a selection.
     Returns: gated trunk output [B, Nq, Hq, D] in q's dtype, and the alignment loss
         SmoothL1(F, sg(S)) + SmoothL1(sg(F), S) with F, S the gated streams: fp32 scalar (fp64 for fp64 inputs), mean
         over all B*Nq*Hq*D elements of this call. It sends gradients to both streams whatever the trunk.
@@ -146,7 +149,9 @@ def ssa_attention(
     checks.check_spec(spec)
     checks.check_gate(gate, q)
     checks.need(trunk in ("full", "sparse"), "trunk", repr(trunk), "'full' or 'sparse'")
-    return _streams(backend).ssa_attention(q, k, v, gate, spec, trunk, scale, doc_starts, query_index)
+    if blocks is not None:
+        checks.check_blocks(blocks, q, k)
+    return _streams(backend).ssa_attention(q, k, v, gate, spec, trunk, scale, doc_starts, query_index, blocks)
 
 
 def compressed_attention(

@@ -335,8 +335,9 @@ def sparse_attention(q, k, v, spec: BlockSpec, scale: float, doc_starts, query_i
     return _OneStream.apply(q, k, v, Geometry(q, k, stream, doc_starts, query_index, blocks), scale)
 
 
-def ssa_attention(q, k, v, gate, spec: BlockSpec, trunk: str, scale: float, doc_starts, query_index):
-    blocks = select_blocks(q, k, spec, scale, doc_starts, query_index)
+def ssa_attention(q, k, v, gate, spec: BlockSpec, trunk: str, scale: float, doc_starts, query_index, blocks):
+    if blocks is None:
+        blocks = select_blocks(q, k, spec, scale, doc_starts, query_index)
     stream = Stream("both", block_size=spec.block_size)
     return _TwoStreams.apply(q, k, v, gate, Geometry(q, k, stream, doc_starts, query_index, blocks), scale, trunk)
 

@@ -192,12 +192,22 @@ def sparse_attention(q, k, v, spec: BlockSpec, scale: float, doc_starts, query_i
     return _cut(out, q.shape[3])
 
 
-def ssa_attention(q, k, v, gate, spec: BlockSpec, trunk: str, scale: float, doc_starts, query_index):
+def ssa_attention(q, k, v, gate, spec: BlockSpec, trunk: str, scale: float, doc_starts, query_index, blocks):
+    refuse(q)
     doc_starts, query_index = _flat(doc_starts), _flat(query_index)
-    blocks = select_blocks(q, k, spec, scale, doc_starts, query_index)
+    if blocks is None:
+        blocks = select_blocks(q, k, spec, scale, doc_starts, query_index)
     padded = (_padded(x) for x in (q, k, v))
     out, loss = _SSA.apply(
-        *padded, gate.contiguous(), blocks, spec.block_size, scale, trunk, q.numel(), doc_starts, query_index
+        *padded,
+        gate.contiguous(),
+        blocks.contiguous(),
+        spec.block_size,
+        scale,
+        trunk,
+        q.numel(),
+        doc_starts,
+        query_index,
     )
     return _cut(out, q.shape[3]), loss
 

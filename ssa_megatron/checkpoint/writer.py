@@ -131,8 +131,8 @@ def _pieces(optimizer: ShardedOptimizer, context: ParallelContext) -> list[tuple
     """(key, 1-d tensor, description) of everything this rank stores: its fragments cut along the blocks of global tensors."""
     found = []
     for fragment in optimizer.fragments():
-        if fragment.named.replicated and context.tensor_rank > 0:
-            continue  # every tensor-parallel rank holds the same values: one writes
+        if (fragment.named.replicated and context.tensor_rank > 0) or fragment.named.tied_copy:
+            continue  # other ranks hold the same values: one writes
         kinds = {"master": fragment.master, "exp_avg": fragment.exp_avg, "exp_avg_sq": fragment.exp_avg_sq}
         if fragment.working.dtype != fragment.master.dtype:
             kinds["weight"] = fragment.working

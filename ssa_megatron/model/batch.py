@@ -4,7 +4,7 @@ It travels through GPTModel in the `packed_seq_params` slot, which megatron-core
 also under recomputation and pipeline schedules. One object belongs to one micro-batch and holds no other state.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -12,26 +12,32 @@ from torch import Tensor
 from ssa_megatron.config import Recipe
 from ssa_megatron.model.mode import Trunk
 from ssa_megatron.model.rope import rotary_table
+from ssa_megatron.parallel.context import ParallelContext
+from ssa_megatron.parallel.context_parallel import own_places
 
 
 @dataclass
 class SSABatch:
-    """Tensors of one micro-batch of B packed rows of N tokens."""
+    """Tensors of one micro-batch of B packed rows of N tokens, of which this rank holds n (all, without context parallelism)."""
 
     tokens: Tensor
-    """int64 [B, N]."""
+    """int64 [B, n]."""
     labels: Tensor
-    """int64 [B, N]: the next token; 0 where `counted` is False."""
+    """int64 [B, n]: the next token; 0 where `counted` is False."""
     counted: Tensor
-    """bool [B, N]: the next token belongs to the same document, so its prediction counts."""
+    """bool [B, n]: the next token belongs to the same document, so its prediction counts."""
     doc_starts: Tensor | None
     """int32 [B, N]: index in the row at which the token's own document begins; None when every row is one document, which
     lets attention take kernels that know no boundaries."""
-    rotary: tuple[Tensor, Tensor]
-    """cos, sin, fp32 [N, B, 1, head_dim]; positions restart at each document."""
+    query_index: Tensor | None
+    """int32 [n]: the places in the row of this rank's tokens; None when it holds the whole row."""
+    positions: Tensor
+    """int [B, n]: the token's place in its own document."""
     trunk: Trunk
     alignment_scale: float
     """Gradient given to one layer's alignment loss on this rank (see `train/step.py`)."""
+    rotary: tuple[Tensor, Tensor] | None = None
+    """cos, sin, fp32 [n, B, 1, head_dim]; see `with_rotary`."""
     alignment: list[Tensor] = field(default_factory=list)
     """One detached fp32 scalar a layer of this rank, over this rank's heads."""
     wants_statistics: bool = False
@@ -41,24 +47,40 @@ class SSABatch:
 
     @staticmethod
     def pack(
-        recipe: Recipe, tokens: Tensor, doc_starts: Tensor, *, trunk: Trunk, alignment_scale: float, device
+        recipe: Recipe,
+        tokens: Tensor,
+        doc_starts: Tensor,
+        context: ParallelContext,
+        *,
+        trunk: Trunk,
+        alignment_scale: float,
     ) -> "SSABatch":
         """From one micro-batch of `pipelines.TrainStream`: tokens int64 [B, N], doc_starts int32 [B, N]."""
         one_document_a_row = not doc_starts.any()  # asked before the copy: on the device it would wait for it
+        device = context.device
         tokens = tokens.to(device, non_blocking=True)
         doc_starts = doc_starts.to(device, non_blocking=True)
         labels, counted = next_tokens(tokens, doc_starts)
         positions = torch.arange(tokens.shape[1], device=device) - doc_starts
-        model = recipe.model
+        places = own_places(tokens.shape[1], context, device)
+        if places is not None:
+            tokens, labels, counted, positions = (x[:, places] for x in (tokens, labels, counted, positions))
         return SSABatch(
             tokens=tokens,
             labels=labels,
             counted=counted,
             doc_starts=None if one_document_a_row else doc_starts,
-            rotary=rotary_table(positions, model.head_dim, model.rope_theta, model.rope_scaling),
+            query_index=places,
+            positions=positions,
             trunk=trunk,
             alignment_scale=alignment_scale,
         )
+
+    def with_rotary(self, recipe: Recipe) -> "SSABatch":
+        """The same batch, with the tables every layer rotates by. Made when its forward begins: they are larger than the batch,
+        and a step may hold hundreds of batches."""
+        m = recipe.model
+        return replace(self, rotary=rotary_table(self.positions, m.head_dim, m.rope_theta, m.rope_scaling))
 
 
 def next_tokens(tokens: Tensor, doc_starts: Tensor) -> tuple[Tensor, Tensor]:

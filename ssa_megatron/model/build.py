@@ -1,4 +1,4 @@
-"""Recipe -> megatron-core GPTModel with SSA layers, on this rank, with its initial weights.
+"""Recipe -> megatron-core GPTModel chunks with SSA layers, on this rank, with their initial weights.
 
 Every weight starts from a generator seeded by (seed, global name), so the initial model is the same for every topology.
 Fusions that need Apex or TransformerEngine are off; nothing here depends on the device.
@@ -26,8 +26,8 @@ from ssa_megatron.model.norm import RMSNorm
 from ssa_megatron.parallel.context import ParallelContext
 
 
-class SSAModel(GPTModel):
-    """GPTModel whose loss never sees the vocabulary's padding."""
+class SSAChunk(GPTModel):
+    """Consecutive layers of the model: a GPTModel whose loss never sees the vocabulary's padding."""
 
     def __init__(self, *args, real_vocab_size: int, tensor_rank: int, **kwargs):
         super().__init__(*args, **kwargs)
@@ -43,21 +43,43 @@ class SSAModel(GPTModel):
         return loss.t().contiguous()
 
 
+class SSAModel(torch.nn.Module):
+    """This rank's part of the model: one chunk of layers, or, under an interleaved schedule, several that are not neighbours."""
+
+    def __init__(self, chunks: list[SSAChunk]):
+        super().__init__()
+        self.chunks = torch.nn.ModuleList(chunks)
+
+    def forward(self, *args, **kwargs) -> Tensor:
+        """The whole model's forward, where one chunk is the whole model."""
+        [model] = self.chunks
+        return model(*args, **kwargs)
+
+
 def build_model(recipe: Recipe, context: ParallelContext) -> SSAModel:
     """This rank's part of the model, on its device, in the recipe's precision, with initial weights."""
-    config = transformer_config(recipe)
-    model = SSAModel(
-        config=config,
-        transformer_layer_spec=layer_spec(recipe),
-        vocab_size=padded_vocab_size(recipe),
-        max_sequence_length=recipe.train.sequence_length,
-        pre_process=context.is_first_stage,
-        post_process=context.is_last_stage,
-        share_embeddings_and_output_weights=recipe.model.tied_embeddings,
-        position_embedding_type="none",  # rotation happens in SSASelfAttention, with each document's own positions
-        real_vocab_size=recipe.model.vocab_size,
-        tensor_rank=context.tensor_rank,
+    config, layers = (
+        transformer_config(recipe),
+        recipe.model.num_layers // (context.pipeline_size * context.virtual_size),
     )
+    chunks = []
+    for number in range(context.virtual_size):
+        chunks.append(
+            SSAChunk(
+                config=config,
+                transformer_layer_spec=layer_spec(recipe, layers),
+                vocab_size=padded_vocab_size(recipe),
+                max_sequence_length=recipe.train.sequence_length,
+                pre_process=context.is_first_stage and number == 0,
+                post_process=context.is_last_stage and number == context.virtual_size - 1,
+                share_embeddings_and_output_weights=recipe.model.tied_embeddings,
+                position_embedding_type="none",  # rotation happens in SSASelfAttention, with each document's own positions
+                real_vocab_size=recipe.model.vocab_size,
+                tensor_rank=context.tensor_rank,
+                vp_stage=number if context.virtual_size > 1 else None,
+            )
+        )
+    model = SSAModel(chunks)
     model.to(device=context.device)
     initialize_weights(model, recipe, context)
     return model
@@ -91,6 +113,9 @@ def transformer_config(recipe: Recipe) -> TransformerConfig:
         params_dtype=dtype,
         pipeline_dtype=dtype,
         tensor_model_parallel_size=p.tensor,
+        pipeline_model_parallel_size=p.pipeline,
+        virtual_pipeline_model_parallel_size=p.virtual_pipeline if p.virtual_pipeline > 1 else None,
+        context_parallel_size=p.context,
         sequence_parallel=p.sequence,
         deterministic_mode=recipe.train.deterministic,
         gradient_accumulation_fusion=False,
@@ -103,8 +128,8 @@ def transformer_config(recipe: Recipe) -> TransformerConfig:
     )
 
 
-def layer_spec(recipe: Recipe) -> TransformerBlockSubmodules:
-    """megatron-core's own layer and linear modules around SSASelfAttention."""
+def layer_spec(recipe: Recipe, layers: int) -> TransformerBlockSubmodules:
+    """megatron-core's own layer and linear modules around SSASelfAttention, `layers` times."""
     attention = {"attention": recipe.attention}
     layer = ModuleSpec(
         module=TransformerLayer,
@@ -127,7 +152,7 @@ def layer_spec(recipe: Recipe) -> TransformerBlockSubmodules:
             mlp_bda=get_bias_dropout_add,
         ),
     )
-    return TransformerBlockSubmodules(layer_specs=[layer] * recipe.model.num_layers, layer_norm=RMSNorm)
+    return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=RMSNorm)
 
 
 @torch.no_grad()
@@ -136,6 +161,7 @@ def initialize_weights(model: SSAModel, recipe: Recipe, context: ParallelContext
     for named in named_parameters(model, recipe, context):
         # megatron-core sets this only where it initializes; without it the gradient norm counts one rank's share of a matrix
         named.parameter.tensor_model_parallel = not named.replicated
+        named.parameter.ds_pipe_replicated = named.tied_copy  # and without this it counts a tied embedding twice
         if named.parameter.dim() == 1:
             named.parameter.fill_(1.0)
             continue

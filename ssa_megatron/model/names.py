@@ -36,21 +36,34 @@ class Block:
 
 @dataclass(frozen=True)
 class NamedParameter:
-    """A local parameter and its blocks; `replicated` when every tensor-parallel rank holds the same values."""
+    """A local parameter and its blocks."""
 
     parameter: nn.Parameter
     blocks: tuple[Block, ...]
     replicated: bool
+    """Every tensor-parallel rank holds the same values."""
+    tied: bool
+    """The first and the last pipeline stage hold a copy each: a tied embedding."""
+    tied_copy: bool
+    """This is the last stage's."""
 
 
 def named_parameters(model: nn.Module, recipe: Recipe, context: ParallelContext) -> Iterator[NamedParameter]:
     """Every parameter of this rank's model with its blocks, in the model's own (deterministic) order."""
-    layer_numbers = [layer.layer_number - 1 for layer in model.decoder.layers]
-    for local_name, parameter in model.named_parameters():
-        match = re.fullmatch(r"decoder\.layers\.(\d+)\.(.*)", local_name)
-        prefix, leaf = (f"model.layers.{layer_numbers[int(match[1])]}.", match[2]) if match else ("", local_name)
-        blocks = _blocks(leaf, prefix, recipe, context.tensor_rank, context.tensor_size)
-        yield NamedParameter(parameter, tuple(blocks), replicated=leaf.endswith("norm.weight"))
+    spread = recipe.model.tied_embeddings and context.pipeline_size > 1
+    for chunk in model.chunks:
+        layer_numbers = [layer.layer_number - 1 for layer in chunk.decoder.layers]
+        for local_name, parameter in chunk.named_parameters():
+            match = re.fullmatch(r"decoder\.layers\.(\d+)\.(.*)", local_name)
+            prefix, leaf = (f"model.layers.{layer_numbers[int(match[1])]}.", match[2]) if match else ("", local_name)
+            blocks = _blocks(leaf, prefix, recipe, context.tensor_rank, context.tensor_size)
+            yield NamedParameter(
+                parameter,
+                tuple(blocks),
+                replicated=leaf.endswith("norm.weight"),
+                tied=spread and leaf in ("embedding.word_embeddings.weight", "output_layer.weight"),
+                tied_copy=spread and leaf == "output_layer.weight",
+            )
 
 
 def _blocks(leaf: str, prefix: str, recipe: Recipe, rank: int, size: int) -> Iterator[Block]:
@@ -71,7 +84,8 @@ def _blocks(leaf: str, prefix: str, recipe: Recipe, rank: int, size: int) -> Ite
 
     match leaf:
         case "embedding.word_embeddings.weight" | "output_layer.weight":
-            name = "model.embed_tokens.weight" if leaf.startswith("embedding") else "lm_head.weight"
+            untied_head = leaf.startswith("output") and not m.tied_embeddings
+            name = "lm_head.weight" if untied_head else "model.embed_tokens.weight"
             share = padded_vocab_size(recipe) // size
             first = rank * share
             count = min(share, m.vocab_size - first)
@@ -84,14 +98,17 @@ def _blocks(leaf: str, prefix: str, recipe: Recipe, rank: int, size: int) -> Ite
         case "decoder.final_layernorm.weight":
             yield whole("model.norm.weight")
         case "self_attention.linear_qkv.weight":  # per query group: its query heads, its key head, its value head
+            # the ranks take equal shares of these rows, which may cut through a group, even through a head
             group_rows = m.num_heads // m.num_kv_heads * m.head_dim
-            groups = m.num_kv_heads // size
-            for local in range(groups):
-                group, start = rank * groups + local, local * (group_rows + 2 * m.head_dim)
-                yield rows(prefix + "self_attn.q_proj.weight", group * group_rows, group_rows, start)
-                yield rows(prefix + "self_attn.k_proj.weight", group * m.head_dim, m.head_dim, start + group_rows)
-                start += group_rows + m.head_dim
-                yield rows(prefix + "self_attn.v_proj.weight", group * m.head_dim, m.head_dim, start)
+            share = (m.num_heads + 2 * m.num_kv_heads) * m.head_dim // size
+            at = 0
+            for group in range(m.num_kv_heads):
+                for name, count in (("q", group_rows), ("k", m.head_dim), ("v", m.head_dim)):
+                    low, high = max(at, rank * share), min(at + count, (rank + 1) * share)
+                    if low < high:
+                        first = group * count + low - at
+                        yield rows(f"{prefix}self_attn.{name}_proj.weight", first, high - low, low - rank * share)
+                    at += count
         case "self_attention.linear_gate.weight":
             share = m.num_heads * GATES[recipe.attention.kind] // size
             yield rows(prefix + "self_attn.g_proj.weight", rank * share, share)

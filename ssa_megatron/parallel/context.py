@@ -34,9 +34,18 @@ class ParallelContext:
     data_size: int
     pipeline_rank: int
     pipeline_size: int
+    context_rank: int
+    context_size: int
+    virtual_size: int
+    """Chunks of layers on each pipeline rank; more than one when the schedule is interleaved."""
     tensor_group: Any
-    data_group: Any
+    shard_group: Any
+    """Ranks that hold the same parameters and see different tokens: data- times context-parallel. ZeRO shards over it."""
+    context_group: Any
     model_group: Any
+    """Ranks that hold the other parameters of this copy of the model: tensor- times pipeline-parallel."""
+    embedding_group: Any
+    """First and last pipeline stage, which hold a copy each of a tied embedding; None elsewhere."""
     host_group: Any
     """All ranks over gloo, for decisions and other objects that live in host memory."""
 
@@ -47,6 +56,11 @@ class ParallelContext:
     @property
     def is_last_stage(self) -> bool:
         return self.pipeline_rank == self.pipeline_size - 1
+
+    @property
+    def shard_size(self) -> int:
+        """Ranks of `shard_group`."""
+        return self.data_size * self.context_size
 
     @property
     def is_writer(self) -> bool:
@@ -100,13 +114,16 @@ class ParallelContext:
         return bool(box.item())
 
     def sum(self, value: float, error: Exception | None = None) -> float:
-        """The sum of the data-parallel ranks' values, fp64, the same on every rank; if a rank has an error, all raise it."""
+        """The sum of `value` over data- and context-parallel ranks (equal on tensor- and pipeline-parallel ones), fp64.
+
+        The same on every rank; if a rank has an error, all raise it.
+        """
         box = torch.tensor((value, float(error is not None)), dtype=torch.float64)
         dist.all_reduce(box, group=self.host_group)
         total, failed = box.tolist()
         if failed:
             raise next(e for e in self.gather(error) if e is not None)
-        return total / (self.world // self.data_size)
+        return total / (self.tensor_size * self.pipeline_size)
 
 
 class Mpu:
@@ -116,13 +133,13 @@ class Mpu:
         self._c = context
 
     def get_data_parallel_group(self):
-        return self._c.data_group
+        return self._c.shard_group
 
     def get_data_parallel_rank(self):
-        return self._c.data_rank
+        return self._c.data_rank * self._c.context_size + self._c.context_rank
 
     def get_data_parallel_world_size(self):
-        return self._c.data_size
+        return self._c.shard_size
 
     def get_model_parallel_group(self):
         return self._c.model_group
@@ -170,7 +187,20 @@ def initialize(recipe: Recipe) -> ParallelContext:
                 f"the {world_size()} processes did not find each other at {address}: {error}",
                 remedy="check MASTER_ADDR, MASTER_PORT and that every node was started",
             ) from error
-    parallel_state.initialize_model_parallel(tensor_model_parallel_size=recipe.parallel.tensor)
+    p = recipe.parallel
+    if p.pipeline > 1 and cpu.available() and dist.get_backend() == "gloo":
+        raise EnvironmentProblem(
+            f"parallel.pipeline={p.pipeline} with several processes on one GPU: they share it over gloo, which cannot send "
+            "GPU tensors from stage to stage",
+            remedy="one process per GPU, or parallel.pipeline=1",
+        )
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=p.tensor,
+        pipeline_model_parallel_size=p.pipeline,
+        virtual_pipeline_model_parallel_size=p.virtual_pipeline if p.virtual_pipeline > 1 else None,
+        context_parallel_size=p.context,
+        create_gloo_process_groups=False,
+    )
     model_parallel_cuda_manual_seed(recipe.train.seed)  # dropout is 0: recomputation wants the tracker to exist
     return ParallelContext(
         rank=dist.get_rank(),
@@ -182,8 +212,13 @@ def initialize(recipe: Recipe) -> ParallelContext:
         data_size=parallel_state.get_data_parallel_world_size(),
         pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
         pipeline_size=parallel_state.get_pipeline_model_parallel_world_size(),
+        context_rank=parallel_state.get_context_parallel_rank(),
+        context_size=parallel_state.get_context_parallel_world_size(),
+        virtual_size=p.virtual_pipeline,
         tensor_group=parallel_state.get_tensor_model_parallel_group(),
-        data_group=parallel_state.get_data_parallel_group(),
+        shard_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
+        context_group=parallel_state.get_context_parallel_group(),
+        embedding_group=parallel_state.get_embedding_group(check_initialized=False),
         model_group=parallel_state.get_model_parallel_group(),
         host_group=dist.new_group(backend="gloo", timeout=TIMEOUT),
     )

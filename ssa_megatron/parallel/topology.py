@@ -52,21 +52,30 @@ RULES = (
     ),
     Rule(
         "parallel.pipeline",
-        lambda r, w: r.parallel.pipeline > 1 or r.parallel.virtual_pipeline > 1,
-        "pipeline parallelism is not built yet",
-        "parallel.pipeline=1 parallel.virtual_pipeline=1, with parallel.tensor=2 if the model does not fit",
+        lambda r, w: r.model.num_layers % (r.parallel.pipeline * r.parallel.virtual_pipeline) != 0,
+        "parallel.pipeline * parallel.virtual_pipeline must divide model.num_layers, so that stages are equal",
+        "parallel.virtual_pipeline=1, or a parallel.pipeline that divides model.num_layers",
+    ),
+    Rule(
+        "parallel.virtual_pipeline",
+        lambda r, w: r.parallel.virtual_pipeline > 1 and r.parallel.pipeline == 1,
+        "an interleaved schedule needs pipeline stages to interleave",
+        "parallel.virtual_pipeline=1, or parallel.pipeline=2",
+    ),
+    Rule(
+        "parallel.virtual_pipeline",
+        lambda r, w: (
+            r.parallel.virtual_pipeline > 1 and w >= model_ranks(r) and micro_batches(r, w) % r.parallel.pipeline != 0
+        ),
+        "the interleaved schedule needs the number of micro-batches per data-parallel rank to be a multiple of "
+        "parallel.pipeline",
+        "parallel.virtual_pipeline=1, or a train.global_batch_rows that gives such a number",
     ),
     Rule(
         "parallel.context",
-        lambda r, w: r.parallel.context > 1,
-        "context parallelism is not built yet",
-        "parallel.context=1, with train.recompute=selective if the activations do not fit",
-    ),
-    Rule(
-        "parallel.tensor",
-        lambda r, w: r.parallel.tensor > 2,
-        "only 1 or 2 tensor-parallel ranks have been shown equal to one process",
-        "parallel.tensor=2, or parallel.tensor=1",
+        lambda r, w: r.parallel.context > 1 and r.train.sequence_length % (2 * r.parallel.context) != 0,
+        "context parallelism cuts each row into 2 * parallel.context equal chunks",
+        "a train.sequence_length that 2 * parallel.context divides, or parallel.context=1",
     ),
     Rule(
         "parallel.sequence",
@@ -76,9 +85,9 @@ RULES = (
     ),
     Rule(
         "parallel.sequence",
-        lambda r, w: r.parallel.sequence and r.train.sequence_length % r.parallel.tensor != 0,
-        "sequence parallelism needs train.sequence_length to be a multiple of parallel.tensor",
-        "a train.sequence_length that parallel.tensor divides, or parallel.sequence=false",
+        lambda r, w: r.parallel.sequence and r.train.sequence_length % (r.parallel.tensor * r.parallel.context) != 0,
+        "sequence parallelism needs train.sequence_length to be a multiple of parallel.tensor * parallel.context",
+        "a train.sequence_length that they divide, or parallel.sequence=false",
     ),
     Rule(
         "parallel.tensor",
@@ -88,9 +97,10 @@ RULES = (
     ),
     Rule(
         "parallel.tensor",
-        lambda r, w: r.model.num_kv_heads % r.parallel.tensor != 0,
-        "more tensor-parallel ranks than key/value heads are not built yet: parallel.tensor must divide model.num_kv_heads",
-        "parallel.tensor=1, or a number that divides model.num_kv_heads",
+        lambda r, w: r.model.num_kv_heads % r.parallel.tensor != 0 and r.parallel.tensor % r.model.num_kv_heads != 0,
+        "either parallel.tensor divides model.num_kv_heads, or model.num_kv_heads divides parallel.tensor (each key/value head "
+        "then lives on several ranks)",
+        "parallel.tensor=1, or parallel.tensor=model.num_kv_heads",
     ),
     Rule(
         "parallel.tensor",
@@ -102,7 +112,7 @@ RULES = (
         "world size",
         lambda r, w: w % model_ranks(r) != 0,
         "the number of processes must be a multiple of parallel.tensor * parallel.pipeline * parallel.context",
-        "start a multiple of that many processes, or lower parallel.tensor",
+        "start a multiple of that many processes, or lower one of the three",
     ),
     Rule(
         "train.global_batch_rows",
@@ -116,6 +126,16 @@ RULES = (
         "train.eval_rows must be a multiple of the data-parallel size, so that every rank evaluates equally many rows",
         "a multiple of it",
     ),
+    Rule(
+        "train.eval_rows",
+        lambda r, w: (
+            r.train.eval_interval > 0
+            and r.parallel.virtual_pipeline > 1
+            and r.train.eval_rows % (max(1, w // model_ranks(r)) * r.parallel.pipeline) != 0
+        ),
+        "the interleaved schedule needs train.eval_rows to be a multiple of the data-parallel size times parallel.pipeline",
+        "a multiple of it, or parallel.virtual_pipeline=1",
+    ),
 )
 
 
@@ -124,10 +144,14 @@ def check(recipe: Recipe, world: int) -> None:
     for rule in RULES:
         if rule.broken(recipe, world):
             p = recipe.parallel
-            shape = f"tensor={p.tensor} sequence={p.sequence} pipeline={p.pipeline} context={p.context}"
+            shape = (
+                f"tensor={p.tensor} sequence={p.sequence} pipeline={p.pipeline} "
+                f"virtual_pipeline={p.virtual_pipeline} context={p.context}"
+            )
             raise ConfigError(
                 f"{rule.fields} is not possible for {world} process(es) with {shape} zero.stage={recipe.zero.stage}, "
-                f"num_heads={recipe.model.num_heads}, num_kv_heads={recipe.model.num_kv_heads}, "
+                f"num_layers={recipe.model.num_layers}, num_heads={recipe.model.num_heads}, "
+                f"num_kv_heads={recipe.model.num_kv_heads}, sequence_length={recipe.train.sequence_length}, "
                 f"global_batch_rows={recipe.train.global_batch_rows}, micro_batch_rows={recipe.train.micro_batch_rows}: "
                 f"{rule.reason}",
                 remedy=rule.remedy,

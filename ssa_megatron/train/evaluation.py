@@ -12,6 +12,7 @@ from ssa_megatron.config import Recipe
 from ssa_megatron.model.batch import SSABatch
 from ssa_megatron.model.build import SSAModel
 from ssa_megatron.parallel.context import ParallelContext
+from ssa_megatron.train.step import forward_backward, reduce_losses
 
 
 @torch.no_grad()
@@ -25,37 +26,38 @@ def evaluate(model: SSAModel, recipe: Recipe, context: ParallelContext) -> dict[
     rows = context.together(lambda: list(_rows(recipe, context)))
     results = {}
     for position, (name, trunk) in enumerate(trunks.items()):
-        totals = torch.zeros(5, dtype=torch.float64, device=context.device)  # ce, tokens, alignment, sparsity, entropy
-        batches = 0
-        for drawn in rows:
-            batch = SSABatch.pack(
-                recipe, drawn.tokens, drawn.doc_starts, trunk=trunk, alignment_scale=0.0, device=context.device
-            )
+        batches = [
+            SSABatch.pack(recipe, drawn.tokens, drawn.doc_starts, context, trunk=trunk, alignment_scale=0.0)
+            for drawn in rows
+        ]
+        for batch in batches:
             batch.wants_statistics = position == 0
-            losses = model(batch.tokens, None, None, labels=batch.labels, packed_seq_params=batch)
-            totals[0] += (losses.double() * batch.counted).sum()
-            totals[1] += batch.counted.sum()
-            if batch.alignment:
-                totals[2] += torch.stack(batch.alignment).double().mean()
-            if batch.statistics:
-                totals[3:] += torch.stack(batch.statistics).double().mean(0)
-            batches += 1
-        totals[2:] /= batches * context.data_size * context.tensor_size
-        dist.all_reduce(totals[2:], group=context.tensor_group)
-        dist.all_reduce(totals, group=context.data_group)
-        ce, tokens, alignment, sparsity, entropy = totals.tolist()
-        results[name] = ce / tokens
+        counted = context.sum(sum(int(batch.counted.sum()) for batch in batches))
+        ce = forward_backward(model, batches, recipe, context, counted=counted, forward_only=True)
+        results[name], alignment, _ = reduce_losses(ce, batches, recipe, context, counted=counted)
         if position == 0:
-            results["sparsity"], results["entropy"] = sparsity, entropy
+            results["sparsity"], results["entropy"] = _statistics(batches, recipe, context)
             if recipe.attention.kind == "ssa":
                 results["alignment"] = alignment
     model.train()
     return results
 
 
+def _statistics(batches: list[SSABatch], recipe: Recipe, context: ParallelContext) -> list[float]:
+    """Sparsity and entropy, means over tokens, heads and layers; every rank measured its own."""
+    total = torch.stack([one for batch in batches for one in batch.statistics]).double().sum(0)
+    total /= recipe.model.num_layers * len(batches) * context.shard_size * context.tensor_size
+    dist.all_reduce(total)
+    return total.tolist()
+
+
 def _rows(recipe: Recipe, context: ParallelContext):
     per_rank = recipe.train.eval_rows // context.data_size
     size = recipe.train.micro_batch_rows
+    if (
+        context.virtual_size > 1
+    ):  # the interleaved schedule wants a multiple of the stages; topology.py checked that 1 gives it
+        size = 1
     return evaluation_rows(
         recipe.data.path,
         "validation",

@@ -65,7 +65,16 @@ def train(recipe: Recipe, run: Path, *, profile_steps: range = range(0)) -> int:
     if recipe.attention.backend == "triton" and context.device.type == "cpu":
         raise ConfigError("attention.backend=triton needs a CUDA device", remedy="attention.backend=auto")
     console = Console(total_steps=recipe.train.steps, interval=recipe.logging.interval, enabled=context.is_writer)
-    sizes = f"tensor {context.tensor_size}, data {context.data_size}"
+    sizes = ", ".join(
+        f"{name} {size}"
+        for name, size in (
+            ("tensor", context.tensor_size),
+            ("pipeline", context.pipeline_size),
+            ("context", context.context_size),
+            ("data", context.data_size),
+        )
+        if size > 1 or name == "data"
+    )
     console.phase(f"{context.world} process(es) on {context.device.type}, {sizes}")
     rows = context.together(lambda: _open_stream(recipe, context))
     folder = claim(run, recipe, context)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ssa_megatron.config import Recipe
 from ssa_megatron.model.batch import SSABatch
-from ssa_megatron.model.build import SSAModel
+from ssa_megatron.model.build import SSAChunk, SSAModel
 from ssa_megatron.model.mode import mode
 from ssa_megatron.parallel.context import ParallelContext
 from ssa_megatron.parallel.topology import micro_batches
@@ -79,9 +79,7 @@ def draw_batches(rows: Iterator, recipe: Recipe, context: ParallelContext, *, st
             number = i * context.data_size + context.data_rank
             trunk = mode(recipe.train.seed, step, number, attention.sparse_probability)
         batches.append(
-            SSABatch.pack(
-                recipe, drawn.tokens, drawn.doc_starts, trunk=trunk, alignment_scale=scale, device=context.device
-            )
+            SSABatch.pack(recipe, drawn.tokens, drawn.doc_starts, context, trunk=trunk, alignment_scale=scale)
         )
     return batches
 
@@ -98,14 +96,17 @@ def forward_backward(
     context: ParallelContext,
     *,
     counted: float,
+    forward_only: bool = False,
     engine: torch.nn.Module | None = None,
 ) -> Tensor:
-    """Run Megatron's schedule over the micro-batches. Gradients accumulate; returns this rank's summed cross-entropy, fp32.
+    """Run Megatron's schedule over the micro-batches; gradients accumulate unless `forward_only`.
 
     engine: under ZeRO-2 and 3 DeepSpeed partitions gradients during backward, so every pass goes through it instead.
+    Returns the summed cross-entropy of this rank's tokens, fp32; 0 on pipeline stages before the last.
     """
     sums: list[Tensor] = []
-    # The schedule divides by the number of micro-batches and DeepSpeed by the data-parallel size; `counted` is global.
+    # The schedule multiplies by the context-parallel size and divides by the number of micro-batches, DeepSpeed divides by data-
+    # times context-parallel size; `counted` is global.
     weight = len(batches) * context.data_size / max(counted, 1.0)
 
     def loss_of(batch: SSABatch, losses_bn: Tensor):
@@ -113,27 +114,28 @@ def forward_backward(
         sums.append(total.detach())
         return total * weight, {}
 
-    def forward(source: Iterator[SSABatch], model: SSAModel):
-        batch = next(source)
-        losses = model(batch.tokens, None, None, labels=batch.labels, packed_seq_params=batch)
-        return losses, partial(loss_of, batch)
+    def forward(source: Iterator[SSABatch], chunk: SSAChunk):
+        batch = next(source).with_rotary(recipe)
+        losses = chunk(batch.tokens, None, None, labels=batch.labels, packed_seq_params=batch)
+        return losses, partial(loss_of, batch)  # which the schedule calls on the last stage
 
     if engine is not None:
         source = iter(batches)
         for _ in batches:
             losses, loss_of_batch = forward(source, engine)
-            engine.backward(loss_of_batch(losses)[0] / len(batches))
+            engine.backward(loss_of_batch(losses)[0] * (context.context_size / len(batches)))
         return torch.stack(sums).sum()
+    interleaved = len(model.chunks) > 1
     get_forward_backward_func()(
         forward_step_func=forward,
-        data_iterator=iter(batches),
-        model=model,
+        data_iterator=[iter(batches) for _ in model.chunks] if interleaved else iter(batches),
+        model=list(model.chunks) if interleaved else model.chunks[0],
         num_microbatches=len(batches),
         seq_length=recipe.train.sequence_length,
-        micro_batch_size=recipe.train.micro_batch_rows,
-        forward_only=False,
+        micro_batch_size=batches[0].tokens.shape[0],
+        forward_only=forward_only,
     )
-    return torch.stack(sums).sum()
+    return torch.stack(sums).sum() if sums else torch.zeros((), device=context.device)
 
 
 def reduce_losses(
@@ -144,11 +146,10 @@ def reduce_losses(
     for batch in batches:
         for loss in batch.alignment:
             alignment += loss.double()
-    alignment /= recipe.model.num_layers * len(batches) * context.data_size * context.tensor_size
-    sparse = sum(batch.trunk == "sparse" for batch in batches) / (len(batches) * context.data_size)
-    totals = torch.stack(
-        (ce.double() / max(counted, 1.0), alignment, torch.tensor(sparse, dtype=torch.float64, device=context.device))
-    )
-    dist.all_reduce(totals, group=context.data_group)
-    dist.all_reduce(totals[1], group=context.tensor_group)  # each tensor-parallel rank aligned its own heads
+    # every rank aligned its own layers, heads and tokens; tensor-parallel ranks of the last stage hold the same cross-entropy
+    alignment /= recipe.model.num_layers * len(batches) * context.shard_size * context.tensor_size
+    sparse = sum(batch.trunk == "sparse" for batch in batches) / (len(batches) * context.world)
+    ce = ce.double() / (max(counted, 1.0) * context.tensor_size)
+    totals = torch.stack((ce, alignment, torch.tensor(sparse, dtype=torch.float64, device=context.device)))
+    dist.all_reduce(totals)
     return tuple(totals.tolist())

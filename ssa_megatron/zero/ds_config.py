@@ -8,12 +8,11 @@ gradients would be rounded to bf16 on their way through the all-reduce, silently
 from ssa_megatron.config import Recipe
 
 
-def deepspeed_config(recipe: Recipe, data_parallel_size: int) -> dict:
+def deepspeed_config(recipe: Recipe) -> dict:
     """The JSON that `ds_config.json` of the run folder shows."""
-    rows = recipe.train.global_batch_rows // data_parallel_size
     bucket = recipe.zero.reduce_bucket_mb * 2**20 // 4
     config = {
-        "train_micro_batch_size_per_gpu": rows,
+        "train_micro_batch_size_per_gpu": recipe.train.micro_batch_rows,
         "gradient_accumulation_steps": 1,
         "managed_gradient_accumulation": False,
         "gradient_clipping": recipe.optimizer.clip_grad_norm,

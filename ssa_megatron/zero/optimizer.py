@@ -33,7 +33,7 @@ class ShardedOptimizer:
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         self.recipe, self.context = recipe, context
         self.named = list(named_parameters(model, recipe, context))
-        self.config = deepspeed_config(recipe, context.data_size)
+        self.config = deepspeed_config(recipe)
         # DeepSpeed prints memory figures and advice about features that are switched off here on purpose
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
@@ -70,10 +70,17 @@ class ShardedOptimizer:
         return parameter.grad if accumulated is None else accumulated.view(parameter.shape)
 
     def finish_gradients(self) -> None:
-        """After the last micro-batch: sum over tensor-parallel ranks what each of them saw for its own tokens only."""
+        """After the last micro-batch: what each of several ranks saw a part of is summed over them.
+
+        Norms under sequence parallelism (each tensor-parallel rank saw its own tokens; under ZeRO-2 and 3 a hook has done it),
+        and a tied embedding under pipeline parallelism (the first stage embeds with it, the last multiplies by it).
+        """
         if self.recipe.parallel.sequence and self.backward_engine is None:
             for parameter in self._sequence_parallel_parameters():
                 dist.all_reduce(self.gradient(parameter), group=self.context.tensor_group)
+        for named in self.named:
+            if named.tied:
+                dist.all_reduce(self.gradient(named.parameter), group=self.context.embedding_group)
 
     def _sequence_parallel_parameters(self) -> list[torch.nn.Parameter]:
         return [n.parameter for n in self.named if getattr(n.parameter, "sequence_parallel", False)]

@@ -110,6 +110,29 @@ def gradients_at_step(optimizer) -> Iterator[list]:
         found.append((fragment, gradient.view(-1)[first : first + fragment.numel]))
 
 
+def global_tensors(pieces, recipe: Recipe, context) -> dict[str, Tensor]:
+    """Whole tensors under global names, fp32, on every rank, from every rank's (fragment, its 1-d values)."""
+    import torch.distributed as dist
+
+    from ssa_megatron.model.shapes import global_shapes
+
+    found = {name: torch.zeros(shape) for name, shape in global_shapes(recipe).items()}
+    for fragment, values in pieces:
+        named, end = fragment.named, fragment.start + fragment.numel
+        if named.tied_copy or (named.replicated and context.tensor_rank > 0):
+            continue  # another rank holds the same
+        for block in named.blocks:
+            first, last = max(fragment.start, block.start), min(end, block.start + block.numel)
+            if first < last:
+                part = torch.zeros(block.numel)
+                part[first - block.start : last - block.start] = values[first - fragment.start : last - fragment.start]
+                index = tuple(slice(o, o + n) for o, n in zip(block.offset, block.shape, strict=True))
+                found[block.name][index] += part.view(block.shape)
+    for tensor in found.values():
+        dist.all_reduce(tensor)
+    return found
+
+
 def recipe_file(folder: Path, dataset: Path | None, **overrides) -> Path:
     """A recipe for the command line: three steps on the small dataset, a checkpoint after each."""
     values = {"checkpoint__interval": 1, "logging__tensorboard": False, "model__vocab_size": 400, "train__steps": 3}

@@ -1,5 +1,8 @@
 """What a packed row predicts: labels stay inside their document, and every layer is told the same boundaries."""
 
+from types import SimpleNamespace
+
+import pytest
 import torch
 
 from ssa_megatron.model.batch import SSABatch, next_tokens
@@ -9,6 +12,11 @@ from tests.ssa_megatron.support import tiny
 # three documents (of 3, 1 and 4 tokens), then two places of padding, which are documents of one token each
 TOKENS = torch.tensor([[11, 12, 13, 21, 31, 32, 33, 34, 0, 0]])
 STARTS = torch.tensor([[0, 0, 0, 3, 4, 4, 4, 4, 8, 9]], dtype=torch.int32)
+
+
+def place(rank: int = 0, size: int = 1):
+    """Where a context-parallel rank stands."""
+    return SimpleNamespace(device=torch.device("cpu"), context_rank=rank, context_size=size)
 
 
 def test_only_tokens_with_a_successor_in_their_document_count():
@@ -45,14 +53,14 @@ def test_rows_of_a_micro_batch_do_not_touch():
 
 def test_pack_does_not_change_what_the_stream_gave():
     tokens, starts = TOKENS.clone(), STARTS.clone()
-    SSABatch.pack(tiny(), tokens, starts, trunk="full", alignment_scale=0.1, device="cpu")
+    SSABatch.pack(tiny(), tokens, starts, place(), trunk="full", alignment_scale=0.1)
     assert torch.equal(tokens, TOKENS)
     assert torch.equal(starts, STARTS)
 
 
 def test_pack_restarts_positions_at_each_document_in_sequence_first_layout():
     recipe = tiny()
-    batch = SSABatch.pack(recipe, TOKENS, STARTS, trunk="sparse", alignment_scale=0.25, device="cpu")
+    batch = SSABatch.pack(recipe, TOKENS, STARTS, place(), trunk="sparse", alignment_scale=0.25).with_rotary(recipe)
     positions = torch.tensor([[0, 1, 2, 0, 0, 1, 2, 3, 0, 0]])
     expected = rotary_table(positions, recipe.model.head_dim, recipe.model.rope_theta, None)
     assert all(torch.equal(a, b) for a, b in zip(batch.rotary, expected, strict=True))
@@ -61,8 +69,29 @@ def test_pack_restarts_positions_at_each_document_in_sequence_first_layout():
 
 
 def test_two_micro_batches_share_no_list_of_losses():
-    one, two = (
-        SSABatch.pack(tiny(), TOKENS, STARTS, trunk="full", alignment_scale=1.0, device="cpu") for _ in range(2)
-    )
+    one, two = (SSABatch.pack(tiny(), TOKENS, STARTS, place(), trunk="full", alignment_scale=1.0) for _ in range(2))
     one.alignment.append(torch.ones(()))
     assert two.alignment == []
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_context_parallel_ranks_share_a_row_and_lose_nothing(size):
+    tokens = torch.arange(12 * size).view(2, -1)
+    starts = torch.zeros(tokens.shape, dtype=torch.int32)
+    starts[:, 5:] = 5
+    whole = SSABatch.pack(tiny(), tokens, starts, place(), trunk="full", alignment_scale=1.0)
+    parts = [
+        SSABatch.pack(tiny(), tokens, starts, place(r, size), trunk="full", alignment_scale=1.0) for r in range(size)
+    ]
+    where = torch.cat([part.query_index for part in parts]).long()
+    assert sorted(where.tolist()) == list(range(6 * size))
+    for name in ("tokens", "labels", "counted", "positions"):
+        assert torch.equal(torch.cat([getattr(part, name) for part in parts], 1), getattr(whole, name)[:, where])
+    costs = {int(part.query_index.sum()) for part in parts}  # keys a causal row sees: the same for every rank
+    assert len(costs) == 1
+    assert all(torch.equal(part.doc_starts, starts) for part in parts)
+
+
+def test_rows_of_one_document_carry_no_boundaries():
+    starts = torch.zeros_like(STARTS)
+    assert SSABatch.pack(tiny(), TOKENS, starts, place(), trunk="full", alignment_scale=1.0).doc_starts is None

@@ -17,6 +17,8 @@ LAUNCHES = {
     "two tensor-parallel ranks": (2, TENSOR),
     "two tensor-parallel ranks, sequence-parallel": (2, SEQUENCE),
     "two tensor-parallel ranks, sequence-parallel, whole layers recomputed": (2, (*SEQUENCE, "train.recompute=full")),
+    "two pipeline stages": (2, ("parallel.pipeline=2",)),
+    "two context-parallel ranks": (2, ("parallel.context=2", "train.sequence_length=76")),
     "two data-parallel ranks": (2, ()),
     "two data-parallel ranks, attention recomputed": (2, ("train.recompute=selective",)),
     "two data-parallel ranks, ZeRO-2": (2, ("zero.stage=2",)),

@@ -21,7 +21,7 @@ def measure(context, recompute: str):
 
         return hook
 
-    for layer in model.decoder.layers:
+    for layer in model.chunks[0].decoder.layers:
         layer.self_attention.core_attention.register_forward_pre_hook(count("core"))
         layer.mlp.register_forward_pre_hook(count("mlp"))
     batches = draw_batches(own_rows(recipe, context, 0), recipe, context, step=0, count=2)

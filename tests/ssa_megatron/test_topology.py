@@ -10,16 +10,28 @@ from tests.ssa_megatron.support import tiny
 BROKEN = [
     ("zero.stage", 2, {"zero__stage": 3, "parallel__pipeline": 2}, "a pipeline's schedule", "parallel.pipeline=1"),
     ("zero.offload_optimizer", 1, {"zero__offload_optimizer": True}, "BF16_Optimizer", "zero.stage=2"),
-    ("parallel.pipeline", 2, {"parallel__pipeline": 2}, "pipeline parallelism is not built", "parallel.pipeline=1"),
-    ("parallel.context", 2, {"parallel__context": 2}, "context parallelism is not built", "parallel.context=1"),
-    ("parallel.tensor", 4, {"parallel__tensor": 4}, "only 1 or 2 tensor-parallel ranks", "parallel.tensor=2"),
+    ("parallel.pipeline", 2, {"parallel__pipeline": 4}, "must divide model.num_layers", "parallel.virtual_pipeline=1"),
+    ("parallel.virtual_pipeline", 1, {"parallel__virtual_pipeline": 2}, "stages to interleave", "parallel.pipeline=2"),
+    (
+        "parallel.virtual_pipeline",
+        2,
+        {
+            "parallel__pipeline": 2,
+            "parallel__virtual_pipeline": 2,
+            "model__num_layers": 4,
+            "train__global_batch_rows": 3,
+        },
+        "to be a multiple of parallel.pipeline",
+        "a train.global_batch_rows that gives such a number",
+    ),
+    ("parallel.context", 2, {"parallel__context": 2}, "2 * parallel.context equal chunks", "parallel.context=1"),
     ("parallel.sequence", 1, {"parallel__sequence": True}, "there is one", "parallel.tensor=2"),
     (
         "parallel.sequence",
         2,
         {"parallel__sequence": True, "parallel__tensor": 2},
-        "train.sequence_length to be a multiple of parallel.tensor",
-        "a train.sequence_length that parallel.tensor divides",
+        "train.sequence_length to be a multiple of parallel.tensor * parallel.context",
+        "a train.sequence_length that they divide",
     ),
     (
         "parallel.tensor",
@@ -32,8 +44,8 @@ BROKEN = [
         "parallel.tensor",
         2,
         {"parallel__tensor": 2, "model__num_heads": 6, "model__num_kv_heads": 3},
-        "must divide model.num_kv_heads",
-        "a number that divides model.num_kv_heads",
+        "either parallel.tensor divides model.num_kv_heads",
+        "parallel.tensor=model.num_kv_heads",
     ),
     (
         "parallel.tensor",
@@ -42,7 +54,7 @@ BROKEN = [
         "must divide model.ffn_size",
         "a model.ffn_size that it divides",
     ),
-    ("world size", 3, {"parallel__tensor": 2}, "must be a multiple of parallel.tensor", "lower parallel.tensor"),
+    ("world size", 3, {"parallel__tensor": 2}, "must be a multiple of parallel.tensor", "lower one of the three"),
     (
         "train.global_batch_rows",
         3,
@@ -56,6 +68,19 @@ BROKEN = [
         {"train__eval_interval": 1, "train__eval_rows": 3},
         "a multiple of the data-parallel size",
         "a multiple of it",
+    ),
+    (
+        "train.eval_rows",
+        2,
+        {
+            "parallel__pipeline": 2,
+            "parallel__virtual_pipeline": 2,
+            "model__num_layers": 4,
+            "train__eval_interval": 1,
+            "train__eval_rows": 3,
+        },
+        "a multiple of the data-parallel size times parallel.pipeline",
+        "parallel.virtual_pipeline=1",
     ),
 ]
 
@@ -78,11 +103,6 @@ def test_the_table_above_has_one_case_a_rule():
     assert len(BROKEN) == len(topology.RULES)
 
 
-def test_virtual_pipelines_are_refused_like_pipelines():
-    with pytest.raises(ConfigError, match=r"parallel\.pipeline"):
-        topology.check(tiny(parallel__virtual_pipeline=2), 1)
-
-
 LEGAL = [
     (1, {}),
     (2, {}),
@@ -96,6 +116,12 @@ LEGAL = [
     (1, {"train__recompute": "selective"}),
     (2, {"zero__stage": 2, "zero__offload_optimizer": True}),
     (4, {"zero__stage": 3, "parallel__tensor": 2}),
+    (2, {"parallel__pipeline": 2}),
+    (2, {"parallel__pipeline": 2, "parallel__virtual_pipeline": 2, "model__num_layers": 4}),
+    (4, {"parallel__pipeline": 2}),
+    (2, {"parallel__context": 2, "train__sequence_length": 36}),
+    (4, {"parallel__tensor": 4}),
+    (4, {"parallel__tensor": 2, "parallel__context": 2, "train__sequence_length": 36, "model__num_kv_heads": 1}),
     (1, {"train__recompute": "full", "train__precision": "bf16"}),
 ]
 

@@ -53,8 +53,8 @@ def fp64_sums(recipe, context, count: int, counted: float) -> list[torch.Tensor]
             total += gradient
             parameter.grad = None
     for total in sums:
-        dist.all_reduce(total, group=context.data_group)
-        total /= context.data_size
+        dist.all_reduce(total, group=context.shard_group)
+        total /= context.shard_size
     return sums
 
 
@@ -138,7 +138,7 @@ def skips(precision: str, kind: str, context, **overrides) -> dict:
     first = step(model, optimizer, 0, clean(recipe, context, 0))
     before, adam = state(optimizer), optimizer.applied_steps
     rows = clean(recipe, context, 7)
-    embedding = model.embedding.word_embeddings.weight
+    embedding = model.chunks[0].embedding.word_embeddings.weight
     if kind == "loss":
         rows[-1].tokens[0, 5] = POISON  # the last micro-batch: the last data-parallel rank's
         with gathered(embedding, modifier_rank=0):

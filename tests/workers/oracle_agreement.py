@@ -19,7 +19,7 @@ from ssa_megatron.parallel import context as parallel
 from ssa_megatron.train.step import draw_batches, forward_backward, reduce_losses
 from ssa_megatron.zero.optimizer import ShardedOptimizer
 from tests.oracle.model import OracleConfig, losses, random_weights
-from tests.ssa_megatron.support import gradients_at_step
+from tests.ssa_megatron.support import global_tensors, gradients_at_step
 
 ROWS = 4  # two micro-batches on one process, one on each of two data-parallel ranks
 LENGTH = 77  # odd; a topology that needs another length overrides train.sequence_length
@@ -63,28 +63,6 @@ def set_weights(model, recipe, context, weights) -> None:
         for block in named.blocks:
             part = weights[block.name][tuple(slice(o, o + n) for o, n in zip(block.offset, block.shape, strict=True))]
             flat[block.start : block.start + block.numel] = part.float().flatten()
-
-
-def global_gradients(at_step, recipe, context) -> dict[str, torch.Tensor]:
-    """Gradients under global names, assembled from what each rank's optimizer found for its fragments."""
-    found = {name: torch.zeros(shape) for name, shape in global_shapes(recipe).items()}
-    for fragment, gradient in at_step:
-        for block in fragment.named.blocks:
-            whole = torch.zeros(block.numel)
-            first, last = (
-                max(fragment.start, block.start),
-                min(fragment.start + fragment.numel, block.start + block.numel),
-            )
-            if first < last:
-                whole[first - block.start : last - block.start] = gradient[
-                    first - fragment.start : last - fragment.start
-                ]
-                index = tuple(slice(o, o + n) for o, n in zip(block.offset, block.shape, strict=True))
-                copies = context.tensor_size if fragment.named.replicated else 1
-                found[block.name][index] += whole.view(block.shape) / copies
-    for gradient in found.values():
-        dist.all_reduce(gradient)
-    return found
 
 
 def oracle_values(config, weights, tokens, starts, trunks, alignment_weight):
@@ -136,7 +114,7 @@ def run_case(kind: str, trunk: str, tied: bool, overrides: dict, context) -> dic
     optimizer.finish_gradients()
     with gradients_at_step(optimizer) as at_step:
         norm, _ = optimizer.step(lr=1e-3)
-    gradients = global_gradients(at_step, recipe, context)
+    gradients = global_tensors(at_step, recipe, context)
 
     want_ce, want_alignment, want = oracle_values(config, weights, tokens, starts, trunks, a.alignment_weight)
     errors = {name: float((gradients[name].double() - g).norm() / g.norm()) for name, g in want.items()}
