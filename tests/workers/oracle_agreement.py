@@ -9,12 +9,10 @@ import sys
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from ssa_megatron.config import resolve
 from ssa_megatron.model.build import build_model
 from ssa_megatron.model.names import named_parameters
-from ssa_megatron.model.shapes import global_shapes
 from ssa_megatron.parallel import context as parallel
 from ssa_megatron.train.step import draw_batches, forward_backward, reduce_losses
 from ssa_megatron.zero.optimizer import ShardedOptimizer
