@@ -1,85 +1,124 @@
-"""Writes a checkpoint: every rank its own fragments, rank 0 the manifest, one rename to commit.
+"""Writes a checkpoint: every rank its own fragments, in threads; rank 0 the manifest; one rename to commit.
 
 Until the rename the work lies in a temporary folder that no loader looks at; a failure on any rank (a full disk) removes it,
-leaves older checkpoints as they are, and is reported instead of raised, so that training can go on. Nothing is copied: tensors
-go from their storage to the file piece by piece, and are hashed on the way, before the disk can lie about them.
+leaves older checkpoints as they are, and is reported instead of raised, so that training can go on. There is no snapshot: what
+a checkpoint holds changes in the optimizer's step only, so threads read it from live storage during the next forward and
+backward, and `PendingCheckpoint.finish` comes before the next step.
 """
 
 import contextlib
-import hashlib
-import json
-import os
 import shutil
-import struct
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from ssa_megatron.checkpoint.manifest import LATEST, MANIFEST, Manifest, StoredFile, committed, step_folder
+from ssa_megatron.checkpoint.stream import HostCopies, cuda_event, write_safetensors
 from ssa_megatron.config import Recipe, digest
 from ssa_megatron.files import replace_durably, sync_folder, write_durably
 from ssa_megatron.parallel.context import ParallelContext
 from ssa_megatron.zero.optimizer import ShardedOptimizer
 
-_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16"}
+THREADS = 4  # a rank; hashing runs at about half a gigabyte a second and core
+SMALLEST_FILE, LARGEST_FILE = 2**26, 2**30  # bytes
 
 
-def save_checkpoint(
-    run: Path,
-    optimizer: ShardedOptimizer,
-    recipe: Recipe,
-    context: ParallelContext,
-    *,
-    step: int,
-    state: dict,
-    tokenizer_fingerprint: str,
-) -> str | None:
-    """Commit `run/checkpoints/step-XXXXXXXX`. Every rank calls; every rank gets None, or a sentence that says what failed."""
-    final = step_folder(run, step)
-    temporary = final.with_name(f".tmp-{final.name}")
-    error, share = None, {}
-    if context.is_writer:
-        try:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-        except OSError as problem:
-            error = f"rank 0: {problem}"
-    if error := context.agree(error):
-        return f"not written: {error}"
-    try:
-        name = f"rank-{context.rank:05d}.safetensors"
-        pieces = _pieces(optimizer, context)
-        if pieces:
-            stored = write_safetensors(temporary / name, {key: tensor for key, tensor, _ in pieces})
-            share = {"file": name, "stored": stored, "pieces": [(key, about) for key, _, about in pieces]}
-    except OSError as problem:
-        error = f"rank {context.rank}: {problem}"
-    shares = context.gather((error, share))
-    error = next((e for e, _ in shares if e), None)
-    if context.is_writer and error is None:
-        try:
-            manifest = Manifest(
-                step=step,
-                state=state,
-                recipe=recipe.model_dump(),
-                recipe_digest=digest(recipe),
-                tokenizer_fingerprint=tokenizer_fingerprint,
-                **_merge([share for _, share in shares if share]),
-            )
-            _commit(temporary, final, manifest)
-        except OSError as problem:
-            error = f"rank 0: {problem}"
-    if error := context.agree(error):
+class PendingCheckpoint:
+    """A checkpoint whose files are being written by threads of every rank, from live storage.
+
+    Until `finish` returns, masters, moments and working weights must not change: forward, backward and evaluation may run, the
+    optimizer's step may not.
+    """
+
+    def __init__(
+        self,
+        run: Path,
+        optimizer: ShardedOptimizer,
+        recipe: Recipe,
+        context: ParallelContext,
+        *,
+        step: int,
+        state: dict,
+        tokenizer_fingerprint: str,
+    ):
+        """Begin `run/checkpoints/step-XXXXXXXX`; every rank calls. `state` is the run's own at this step."""
+        self.step, self.waited = step, 0.0
+        self._recipe, self._context = recipe, context
+        self._about = {"step": step, "state": state, "tokenizer_fingerprint": tokenizer_fingerprint}
+        self._final = step_folder(run, step)
+        self._temporary = self._final.with_name(f".tmp-{self._final.name}")
+        self._files: list[tuple[str, dict[str, dict], Future]] = []
+        threads = ThreadPoolExecutor(THREADS, thread_name_prefix="checkpoint")
+        error = None
         if context.is_writer:
-            shutil.rmtree(temporary, ignore_errors=True)
-        return f"not written: {error}"
-    if context.is_writer:
+            try:
+                shutil.rmtree(self._temporary, ignore_errors=True)
+                self._temporary.mkdir(parents=True)
+            except OSError as problem:
+                error = f"rank 0: {problem}"
+        self._error = context.agree(error)
+        if self._error is None:
+            ready = cuda_event(context.device)
+            for number, (tensors, pieces) in enumerate(_files(_pieces(optimizer, context))):
+                name = f"rank-{context.rank:05d}-{number:03d}.safetensors"
+                writing = threads.submit(write_safetensors, self._temporary / name, tensors, HostCopies(ready))
+                self._files.append((name, pieces, writing))
+        threads.shutdown(wait=False)  # they end when their files are written
+
+    def finish(self) -> str | None:
+        """Wait for this rank's files, then commit; every rank calls, every rank gets None, or a sentence that says what failed.
+
+        `waited` is then the seconds that this took: what the save cost the training thread.
+        """
+        began = time.monotonic()
+        problem = self._commit()
+        self.waited = time.monotonic() - began
+        return problem
+
+    def abandon(self) -> None:
+        """Wait for this rank's threads and commit nothing: the run is ending on an error. What is left, `prune` removes."""
+        for _, _, writing in self._files:
+            writing.cancel()
+        wait([writing for _, _, writing in self._files])
+
+    def _commit(self) -> str | None:
+        context = self._context
+        if self._error:
+            return f"not written: {self._error}"
+        error, share = None, []
+        wait([writing for _, _, writing in self._files])
         try:
-            _point_latest_at(final)
-        except OSError as problem:  # a signpost for people: loaders look at the folders themselves
-            error = f"committed, but `{LATEST}` could not be pointed at it: {problem}"
-    return context.agree(error)
+            share = [(name, writing.result(), pieces) for name, pieces, writing in self._files]
+        except OSError as problem:
+            error = f"rank {context.rank}: {problem}"
+        shares = context.gather((error, share))
+        error = next((e for e, _ in shares if e), None)
+        if context.is_writer and error is None:
+            try:
+                recipe = self._recipe
+                contents = _merge([file for _, share in shares for file in share])
+                manifest = Manifest(**self._about, recipe=recipe.model_dump(), recipe_digest=digest(recipe), **contents)
+                _rename(self._temporary, self._final, manifest)
+            except OSError as problem:
+                error = f"rank 0: {problem}"
+        if error := context.agree(error):
+            if context.is_writer:
+                shutil.rmtree(self._temporary, ignore_errors=True)
+            return f"not written: {error}"
+        if context.is_writer:
+            try:
+                _point_latest_at(self._final)
+            except OSError as problem:  # a signpost for people: loaders look at the folders themselves
+                error = f"committed, but `{LATEST}` could not be pointed at it: {problem}"
+        return context.agree(error)
+
+
+def save_checkpoint(*args, **kwargs) -> str | None:
+    """Begin and finish a PendingCheckpoint: None, or a sentence that says what failed."""
+    return PendingCheckpoint(*args, **kwargs).finish()
 
 
 def prune(run: Path, keep: int, *, newest: int) -> None:
@@ -100,35 +139,8 @@ def prune(run: Path, keep: int, *, newest: int) -> None:
                 path.unlink()
 
 
-def write_safetensors(path: Path, tensors: dict[str, Tensor]) -> StoredFile:
-    """A safetensors file of 1-d tensors, streamed, hashed while written, on disk (fsync) when this returns.
-
-    The safetensors library writes whole dictionaries at once and hashes nothing; this holds one tensor at a time.
-    """
-    header, at = {}, 0
-    for key, tensor in tensors.items():
-        size = tensor.numel() * tensor.element_size()
-        header[key] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [at, at + size]}
-        at += size
-    head = json.dumps(header).encode()
-    head += b" " * (-len(head) % 8)
-    sha, total = hashlib.sha256(), 0
-    with path.open("wb") as file:
-        for chunk in (struct.pack("<Q", len(head)), head, *map(_bytes, tensors.values())):
-            file.write(chunk)
-            sha.update(chunk)
-            total += len(chunk)
-        file.flush()
-        os.fsync(file.fileno())
-    return StoredFile(bytes=total, sha256=sha.hexdigest())
-
-
-def _bytes(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
-
-
-def _pieces(optimizer: ShardedOptimizer, context: ParallelContext) -> list[tuple[str, Tensor, dict]]:
-    """(key, 1-d tensor, description) of everything this rank stores: its fragments cut along the blocks of global tensors."""
+def _pieces(optimizer: ShardedOptimizer, context: ParallelContext) -> list[tuple[Tensor, dict]]:
+    """(1-d tensor, description) of everything this rank stores: its fragments cut along the blocks of global tensors."""
     found = []
     for fragment in optimizer.fragments():
         if (fragment.named.replicated and context.tensor_rank > 0) or fragment.named.tied_copy:
@@ -152,24 +164,41 @@ def _pieces(optimizer: ShardedOptimizer, context: ParallelContext) -> list[tuple
                     "range": (first - block.start, last - block.start),
                 }
                 view = tensor.narrow(0, first - fragment.start, last - first)
-                found.append((f"{kind}/{block.name}#{len(found)}", view, about))
+                found.append((view, about))
     return found
 
 
-def _merge(shares: list[dict]) -> dict:
-    files = {share["file"]: share["stored"] for share in shares}
+def _files(pieces: list[tuple[Tensor, dict]]) -> Iterator[tuple[dict[str, Tensor], dict[str, dict]]]:
+    """(key -> tensor, key -> description) of each file: of bounded size, so that there is one for every thread and none waits
+    long for another; larger pieces are cut."""
+    bound = min(max(sum(tensor.nbytes for tensor, _ in pieces) // THREADS, SMALLEST_FILE), LARGEST_FILE)
+    tensors, descriptions, size, number = {}, {}, 0, 0
+    for tensor, about in pieces:
+        first = about["range"][0]
+        for part in tensor.split(bound // tensor.element_size()):
+            if tensors and size + part.nbytes > bound:
+                yield tensors, descriptions
+                tensors, descriptions, size = {}, {}, 0
+            key = f"{about['kind']}/{about['name']}#{number}"
+            tensors[key], descriptions[key] = part, {**about, "range": (first, first + part.numel())}
+            first, size, number = first + part.numel(), size + part.nbytes, number + 1
+    if tensors:
+        yield tensors, descriptions
+
+
+def _merge(share: list[tuple[str, StoredFile, dict[str, dict]]]) -> dict:
     tensors: dict[str, dict[str, dict]] = {}
-    for share in shares:
-        for key, about in share["pieces"]:
+    for file, _, pieces in share:
+        for key, about in pieces.items():
             entry = tensors.setdefault(about["name"], {}).setdefault(
                 about["kind"], {"dtype": about["dtype"], "shape": about["global_shape"], "pieces": []}
             )
             where = {k: about[k] for k in ("offset", "shape", "range")}
-            entry["pieces"].append({"file": share["file"], "key": key, **where})
-    return {"files": files, "tensors": tensors}
+            entry["pieces"].append({"file": file, "key": key, **where})
+    return {"files": {file: stored for file, stored, _ in share}, "tensors": tensors}
 
 
-def _commit(temporary: Path, final: Path, manifest: Manifest) -> None:
+def _rename(temporary: Path, final: Path, manifest: Manifest) -> None:
     write_durably(temporary / MANIFEST, manifest.to_json())
     sync_folder(temporary)
     if final.exists():  # an earlier, rejected attempt at the same step

@@ -200,6 +200,8 @@ class Checkpoint(Section):
     """Optimizer steps between checkpoints; the last step is always saved."""
     keep: int = Field(3, ge=1)
     """Newest committed checkpoints kept."""
+    asynchronous: bool = True
+    """Written by threads during the next step's forward and backward; false holds training until each is committed."""
 
 
 class Logging(Section):

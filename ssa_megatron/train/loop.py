@@ -4,7 +4,6 @@ All decisions that ranks must share (skip, stop, which checkpoint) are agreed he
 death at most the steps since the last committed checkpoint are lost.
 """
 
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -12,7 +11,6 @@ import torch
 
 import pipelines
 from ssa_megatron.checkpoint.reader import load_into, newest_valid
-from ssa_megatron.checkpoint.writer import prune, save_checkpoint
 from ssa_megatron.config import Recipe, digest
 from ssa_megatron.errors import EXIT_REQUEUE, CheckpointError, ConfigError, EnvironmentProblem, TrainingStopped
 from ssa_megatron.model.build import build_model
@@ -23,6 +21,7 @@ from ssa_megatron.train.evaluation import evaluate
 from ssa_megatron.train.metrics import Metrics
 from ssa_megatron.train.profiler import StepProfiler
 from ssa_megatron.train.run_folder import claim
+from ssa_megatron.train.saving import Saver
 from ssa_megatron.train.schedule import learning_rate
 from ssa_megatron.train.signals import StopRequest
 from ssa_megatron.train.step import train_step
@@ -94,12 +93,13 @@ def train(recipe: Recipe, run: Path, *, profile_steps: range = range(0)) -> int:
     metrics = context.together(
         lambda: Metrics(folder.metrics, resume_step=progress.step, tensorboard=board) if context.is_writer else None
     )
+    saver = Saver(run, optimizer, recipe, context, console, tokenizer.fingerprint)
     profiler = StepProfiler(profile_steps, folder.path / "profile", context)
     console.start()
     try:
         while progress.step < recipe.train.steps:
             profiler.before(progress.step + 1)
-            values = _one_step(model, optimizer, rows, recipe, context, progress, console)
+            values = _one_step(model, optimizer, rows, recipe, context, progress, console, saver)
             done = progress.step
             if written := profiler.after(done):
                 console.say(written)
@@ -113,8 +113,9 @@ def train(recipe: Recipe, run: Path, *, profile_steps: range = range(0)) -> int:
                 console.say(problem)
             stopping = context.any(stop.received is not None)
             if done % recipe.checkpoint.interval == 0 or last or stopping:
-                saved = _save(run, recipe, tokenizer.fingerprint, optimizer, rows, context, console, progress)
-                if not saved and (last or stopping):
+                saver.begin(progress, rows.state_dict())
+                at_once = last or stopping or not recipe.checkpoint.asynchronous
+                if at_once and not saver.finish() and (last or stopping):
                     raise EnvironmentProblem(
                         f"the run ends at step {done} and its checkpoint could not be written (see above)",
                         remedy=f"make room at {run}, then give the same command again",
@@ -132,6 +133,7 @@ def train(recipe: Recipe, run: Path, *, profile_steps: range = range(0)) -> int:
                 console.say(f"stopped by {who} at step {done}; the same command continues")
                 break
     finally:
+        saver.close()
         profiler.close()
         if metrics is not None:
             metrics.close()
@@ -146,9 +148,9 @@ def train(recipe: Recipe, run: Path, *, profile_steps: range = range(0)) -> int:
     return 0
 
 
-def _one_step(model, optimizer, rows, recipe, context, progress: Progress, console: Console) -> dict:
+def _one_step(model, optimizer, rows, recipe, context, progress: Progress, console: Console, saver: Saver) -> dict:
     lr = learning_rate(recipe, progress.applied_steps)
-    result = train_step(model, optimizer, rows, recipe, context, step=progress.step, lr=lr)
+    result = train_step(model, optimizer, rows, recipe, context, step=progress.step, lr=lr, before_update=saver.finish)
     tokens = recipe.train.global_batch_rows * recipe.train.sequence_length
     progress.step += 1
     progress.tokens += tokens
@@ -158,7 +160,7 @@ def _one_step(model, optimizer, rows, recipe, context, progress: Progress, conso
     values = {**asdict(result), "lr": lr, "tokens": progress.tokens, "skipped_steps": progress.skipped_steps}
     speed, seconds = console.step(progress.step, tokens, values)
     measured = {"tokens_per_second": round(speed, 1), "seconds": round(seconds, 4), "peak_memory": cpu.peak_memory()}
-    return {**values, **measured}
+    return {**values, **measured, "checkpoint_wait": round(saver.waited, 4)}
 
 
 def _restore(run, recipe, fingerprint, optimizer, rows, context, console: Console) -> Progress:
@@ -216,27 +218,3 @@ def _open_stream(recipe: Recipe, context: parallel.ParallelContext) -> pipelines
         shuffle=recipe.data.shuffle,
         read_ahead=recipe.data.read_ahead,
     )
-
-
-def _save(run, recipe, fingerprint, optimizer, rows, context, console: Console, progress: Progress) -> bool:
-    """Whether a checkpoint of this step, or a safer older one, is committed."""
-    # While steps are being skipped the weights may be what makes them non-finite: such a checkpoint must not push good ones
-    # out. The last step of a run is kept beside them, not instead of them.
-    skipping = progress.skipped_in_a_row > 0
-    if skipping and progress.step < recipe.train.steps:
-        console.say(
-            f"  no checkpoint at step {progress.step}: it was skipped, and older checkpoints are the safer ones"
-        )
-        return
-    began = time.monotonic()
-    state = {**asdict(progress), "data": rows.state_dict()}
-    problem = save_checkpoint(
-        run, optimizer, recipe, context, step=progress.step, state=state, tokenizer_fingerprint=fingerprint
-    )
-    if problem:
-        console.say(f"CHECKPOINT of step {progress.step} {problem}; older checkpoints are intact")
-        return problem.startswith("committed")
-    if context.is_writer and not skipping:
-        prune(run, recipe.checkpoint.keep, newest=progress.step)
-    console.say(f"  checkpoint step {progress.step} committed in {time.monotonic() - began:.2f} s")
-    return True

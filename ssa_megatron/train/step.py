@@ -5,7 +5,7 @@ the cut into micro-batches changes it. A non-finite loss is seen by all ranks in
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -48,8 +48,13 @@ def train_step(
     *,
     step: int,
     lr: float,
+    before_update: Callable[[], object] = lambda: None,
 ) -> StepResult:
-    """Consume this rank's micro-batches of global step `step` from `rows` and update at rate `lr`."""
+    """Consume this rank's micro-batches of global step `step` from `rows` and update at rate `lr`.
+
+    before_update: called on every rank between backward and update; until it returns, weights, masters and moments are still
+    those of the step before (a checkpoint of which may be on its way).
+    """
     count = micro_batches(recipe, context.world)
     model.train()
     batches, error = [], None
@@ -60,6 +65,7 @@ def train_step(
     counted = context.sum(sum(int(batch.counted.sum()) for batch in batches), error)
     ce = forward_backward(model, batches, recipe, context, counted=counted, engine=optimizer.backward_engine)
     loss, alignment, sparse = reduce_losses(ce, batches, recipe, context, counted=counted)
+    before_update()
     if not math.isfinite(loss + alignment):
         optimizer.discard_gradients()
         return StepResult(loss, alignment, math.inf, False, int(counted), sparse)

@@ -145,7 +145,7 @@ CASES = {
     "every checkpoint damaged": (
         CHECKPOINT,
         _damaged_checkpoints,
-        ["no checkpoint of this run is intact", "step-00000003", "rank-00000.safetensors", "sha256", "restore"],
+        ["no checkpoint of this run is intact", "step-00000003", "rank-00000-000.safetensors", "sha256", "restore"],
     ),
     "run continued with data of another tokenizer": (
         CHECKPOINT,
@@ -196,7 +196,7 @@ def answers(place) -> dict[str, dict]:
     """{case: {"code", "output"}}, all from one start of Python; see tests/workers/command_lines.py."""
     lines = {case: line(place) for case, (_, line, _) in CASES.items() if case != "run folder in use"}
     newest = place.copies["fallback"] / "checkpoints" / "step-00000003"
-    _flip_last_byte(newest / "rank-00000.safetensors")
+    _flip_last_byte(newest / "rank-00000-000.safetensors")
     lines["fallback"] = place.train(into=place.copies["fallback"])
     owned = RunFolder(place.trained_copy("busy"))
     owned.lock()

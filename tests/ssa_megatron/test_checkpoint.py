@@ -17,13 +17,14 @@ from safetensors.torch import load_file
 from ssa_megatron.checkpoint import writer
 from ssa_megatron.checkpoint.manifest import Manifest, committed
 from ssa_megatron.checkpoint.reader import Checkpoint, load_into, newest_valid
-from ssa_megatron.checkpoint.writer import prune, save_checkpoint, write_safetensors
+from ssa_megatron.checkpoint.stream import write_safetensors
+from ssa_megatron.checkpoint.writer import prune, save_checkpoint
 from ssa_megatron.config import digest
 from ssa_megatron.errors import CheckpointError
 from ssa_megatron.model.shapes import global_shapes
 from tests.ssa_megatron.support import build, take_steps, tiny
 
-SHARE = "rank-00000.safetensors"
+SHARE = "rank-00000-000.safetensors"
 
 
 def save(run: Path, trained, context, step: int) -> str | None:

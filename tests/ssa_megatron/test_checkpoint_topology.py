@@ -1,4 +1,4 @@
-"""A checkpoint does not know what wrote it: one process, two data-parallel and two tensor-parallel ranks load each other's."""
+"""A checkpoint does not know what wrote it: every place of the worker's table loads what others saved while they trained."""
 
 import json
 
@@ -6,28 +6,41 @@ import pytest
 
 from ssa_megatron.checkpoint.reader import Checkpoint
 from tests.launch import run
-from tests.workers.checkpoint_exchange import PRECISIONS, load_and_save, train_and_save
+from tests.workers.checkpoint_exchange import LOADS, NAMES, PLACES, PRECISIONS, recipe_of, visit
 
 KINDS = ("weight", "master", "exp_avg", "exp_avg_sq")
-LOADS = [("one", "dp2"), ("one", "tp2"), ("dp2", "dp2"), ("dp2", "tp2"), ("tp2", "dp2"), ("dp2", "one"), ("tp2", "one")]
+TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2}
+WORKER = "tests.workers.checkpoint_exchange"
+
+
+def _slow(*places: str):
+    """Four processes on two cores, and launches of two once more for what they wrote, take minutes."""
+    return pytest.param(*places, marks=pytest.mark.slow if any(PLACES[place][0] > 2 for place in places) else ())
+
+
+def _asked_for(request) -> set:
+    """Values of the parameters of this module's selected tests."""
+    parameters = [getattr(item, "callspec", None) for item in request.session.items if item.module is request.module]
+    return {value for found in parameters if found for value in found.params.values()}
 
 
 @pytest.fixture(scope="module")
-def exchange(alone, tmp_path_factory):
-    """(folder of all run folders, {load: [loss, gradient norm] of the step after it})."""
+def exchange(request, alone, tmp_path_factory):
+    """(folder of all run folders, {place or load: [loss, gradient norm] of step 4}); as many processes as the tests ask for."""
     root = tmp_path_factory.mktemp("exchange")
-    for precision in PRECISIONS:
-        train_and_save(root, precision, "one", alone)
-    run(2, "tests.workers.checkpoint_exchange", str(root), timeout=150)
-    results = json.loads((root / "results.json").read_text())
-    for precision in PRECISIONS:
-        for source in ("one", "dp2", "tp2"):
-            results[f"{precision}-{source}-to-one"] = load_and_save(root, precision, source, "one", alone)
+    results = {}
+    visit(root, "one", alone, results)
+    larger = {PLACES[place][0] for place in _asked_for(request) if place in PLACES} - {1}
+    for processes in (*sorted(larger), *sorted(larger)[:-1]):
+        run(processes, WORKER, str(root), timeout=400)
+    visit(root, "one", alone, results)
+    for processes in larger:
+        results |= json.loads((root / f"{processes}.json").read_text())
     return root, results
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize(("source", "place"), LOADS)
+@pytest.mark.parametrize(("source", "place"), [_slow(*load) for load in LOADS])
 def test_masters_moments_and_weights_are_equal_after_a_load_elsewhere(exchange, precision, source, place):
     root, _ = exchange
     original = Checkpoint.open(root / f"{precision}-{source}")
@@ -39,13 +52,29 @@ def test_masters_moments_and_weights_are_equal_after_a_load_elsewhere(exchange, 
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_each_topology_wrote_its_own_files(exchange, precision):
+@pytest.mark.parametrize(("source", "place"), [_slow(*load) for load in LOADS])
+def test_the_step_after_a_load_is_the_one_that_would_have_followed(exchange, precision, source, place):
+    _, results = exchange
+    expected = results[f"{precision}-{source}"]
+    assert results[f"{precision}-{source}-to-{place}"] == pytest.approx(expected, rel=TOLERANCE[precision])
+
+
+@pytest.mark.parametrize("place", [_slow(place) for place in NAMES[1:]])
+def test_three_clipped_steps_lead_to_the_same_masters_everywhere(exchange, place):
+    root, results = exchange
+    assert results["fp32-one"][1] > recipe_of("fp32", "one").optimizer.clip_grad_norm, "clipping is not active"
+    reference, found = Checkpoint.open(root / "fp32-one"), Checkpoint.open(root / f"fp32-{place}")
+    for name in reference.names():
+        mine, expected = found.tensor(name, "master"), reference.tensor(name, "master")
+        assert float((mine - expected).norm() / expected.norm()) <= 1e-5, name
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("place", [_slow(place) for place in NAMES])
+def test_every_rank_that_owns_something_wrote_its_own_file(exchange, precision, place):
     root, _ = exchange
-    files = {
-        place: sorted(Checkpoint.open(root / f"{precision}-{place}").content.files) for place in ("one", "dp2", "tp2")
-    }
-    two = ["rank-00000.safetensors", "rank-00001.safetensors"]
-    assert files == {"one": two[:1], "dp2": two, "tp2": two}
+    files = sorted(Checkpoint.open(root / f"{precision}-{place}").content.files)
+    assert files == [f"rank-{rank:05d}-000.safetensors" for rank in range(PLACES[place][0])]
 
 
 def test_the_digest_tells_different_contents_apart(exchange):
@@ -54,13 +83,3 @@ def test_the_digest_tells_different_contents_apart(exchange):
     digests = {checkpoint.digest((kind,)) for kind in ("master", "exp_avg", "exp_avg_sq")}
     digests |= {Checkpoint.open(root / "bf16-one").digest(("master",))}
     assert len(digests) == 4
-
-
-@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-5), ("bf16", 2e-2)])
-@pytest.mark.parametrize("source", ["one", "dp2", "tp2"])
-def test_the_step_after_a_load_is_the_same_everywhere(exchange, precision, tolerance, source):
-    _, results = exchange
-    reference = results[f"{precision}-{source}-to-one"]
-    for place in ("dp2", "tp2"):
-        if f"{precision}-{source}-to-{place}" in results:
-            assert results[f"{precision}-{source}-to-{place}"] == pytest.approx(reference, rel=tolerance)

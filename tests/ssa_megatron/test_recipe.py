@@ -188,7 +188,13 @@ SAME_RUN = {
     "backend": {"attention__backend": "torch"},
     "path": {"data__path": "elsewhere", "data__read_ahead": 0},
     "name": {"name": "other"},
-    "intervals": {"checkpoint__interval": 3, "checkpoint__keep": 9, "logging__interval": 5, "train__eval_interval": 2},
+    "intervals": {
+        "checkpoint__interval": 3,
+        "checkpoint__keep": 9,
+        "checkpoint__asynchronous": False,
+        "logging__interval": 5,
+        "train__eval_interval": 2,
+    },
 }
 ANOTHER_RUN = {
     "model": {"model__hidden_size": 40},

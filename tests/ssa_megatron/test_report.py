@@ -326,8 +326,8 @@ def test_all_text_is_escaped(tmp_path):
 def make_checkpoint(run, step, content=b"1234"):
     folder = run / "checkpoints" / f"step-{step:08d}"
     folder.mkdir(parents=True)
-    (folder / "rank-00000.safetensors").write_bytes(content)
-    files = {"rank-00000.safetensors": StoredFile(bytes=4, sha256="0")}
+    (folder / "rank-00000-000.safetensors").write_bytes(content)
+    files = {"rank-00000-000.safetensors": StoredFile(bytes=4, sha256="0")}
     manifest = Manifest(step, {"tokens": 4096 * step}, {}, "r", "t", files, {})
     (folder / "manifest.json").write_text(manifest.to_json())
     (folder.parent / "latest").write_text(folder.name + "\n")
@@ -343,7 +343,7 @@ def test_checkpoints_are_listed_newest_first_with_what_is_wrong(tmp_path):
     assert re.findall(r"step-\d+", page) == ["step-00000120", "step-00000080", "step-00000040"]
     assert "491,520" in page
     assert "complete, latest" in page
-    assert "rank-00000.safetensors is missing or has another size" in page
+    assert "rank-00000-000.safetensors is missing or has another size" in page
     assert "not a readable manifest" in page
 
 

@@ -11,7 +11,12 @@ import pytest
 from ssa_megatron.train.metrics import read_metrics
 from tests import launch
 
-TIMES = ("seconds", "tokens_per_second", "peak_memory")  # what may differ: how long it took, and with how much memory
+TIMES = (
+    "seconds",
+    "tokens_per_second",
+    "peak_memory",
+    "checkpoint_wait",
+)  # what may differ: how long it took, and with how much memory
 
 
 @pytest.fixture(scope="module")

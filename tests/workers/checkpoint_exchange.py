@@ -1,8 +1,9 @@
-"""Worker of two processes: writes checkpoints data-parallel and tensor-parallel, and loads each other's and one process's.
+"""Worker: trains and saves at every place of its number of processes, and loads what other places saved.
 
 usage: python -m tests.workers.checkpoint_exchange FOLDER
-FOLDER holds `PRECISION-one` run folders written by one process. Every load is saved again, as `PRECISION-FROM-to-TO`; the
-loss and gradient norm of the step after each load go to results.json.
+FOLDER holds run folders PRECISION-PLACE, of smaller and larger launches too. Every load is saved again, as
+PRECISION-FROM-to-PLACE. The loss and gradient norm of step 4, trained on or loaded, go to PROCESSES.json, under the same names.
+Started again when other launches have written, it does the loads that were not possible before.
 """
 
 import json
@@ -12,30 +13,60 @@ from pathlib import Path
 from megatron.core import parallel_state
 
 from ssa_megatron.checkpoint.reader import load_into, newest_valid
-from ssa_megatron.checkpoint.writer import save_checkpoint
+from ssa_megatron.checkpoint.writer import PendingCheckpoint, save_checkpoint
 from ssa_megatron.parallel import context as parallel
-from tests.ssa_megatron.support import build, take_steps, tiny
+from ssa_megatron.train.step import train_step
+from tests.ssa_megatron.support import build, own_rows, take_steps, tiny
 
 STEPS = 3
 PRECISIONS = ("fp32", "bf16")
-TENSOR = {"one": 1, "dp2": 1, "tp2": 2}
+SEQUENCE = {"parallel__tensor": 2, "parallel__sequence": True}
+PLACES = {  # a place: processes, and what its recipe says; a new row is saved, loaded and compared like the others
+    "one": (1, {}),
+    "dp2": (2, {}),
+    "dp2 ZeRO-2": (2, {"zero__stage": 2}),
+    "dp2 ZeRO-2 offloaded": (2, {"zero__stage": 2, "zero__offload_optimizer": True, "train__recompute": "full"}),
+    "dp2 ZeRO-3": (2, {"zero__stage": 3}),
+    "tp2": (2, {"parallel__tensor": 2}),
+    "tp2 sequence ZeRO-3": (2, {**SEQUENCE, "zero__stage": 3}),
+    "tp2xdp2": (4, {"parallel__tensor": 2}),
+    "tp2xdp2 sequence ZeRO-2": (4, {**SEQUENCE, "zero__stage": 2}),
+    "tp2xdp2 sequence ZeRO-3": (4, {**SEQUENCE, "zero__stage": 3, "train__recompute": "selective"}),
+}
+NAMES = list(PLACES)
+LOADS = sorted(  # from one process to every place and back, and from every place to the next
+    {("one", place) for place in NAMES[1:]}
+    | {(place, "one") for place in NAMES[1:]}
+    | set(zip(NAMES[1:], [*NAMES[2:], NAMES[1]], strict=True))
+)
 
 
 def recipe_of(precision: str, place: str):
-    return tiny(train__precision=precision, parallel__tensor=TENSOR[place])
+    overrides = {"train__sequence_length": 32, "train__global_batch_rows": 8, "optimizer__clip_grad_norm": 0.1}
+    return tiny(train__precision=precision, **overrides, **PLACES[place][1])
 
 
-def save(folder: Path, optimizer, recipe, context, step: int = STEPS) -> None:
-    state = {"applied_steps": optimizer.applied_steps}
-    problem = save_checkpoint(folder, optimizer, recipe, context, step=step, state=state, tokenizer_fingerprint="t")
-    assert problem is None, problem
-
-
-def train_and_save(root: Path, precision: str, place: str, context) -> None:
+def train_and_save(root: Path, precision: str, place: str, context) -> list[float]:
+    """[loss, gradient norm] of the step during which the checkpoint of the one before it was written."""
     recipe = recipe_of(precision, place)
     model, optimizer = build(recipe, context)
     take_steps(model, optimizer, recipe, context, 0, STEPS)
-    save(root / f"{precision}-{place}", optimizer, recipe, context)
+    said = []
+    state = {"applied_steps": optimizer.applied_steps}
+    folder = root / f"{precision}-{place}"
+    pending = PendingCheckpoint(folder, optimizer, recipe, context, step=STEPS, state=state, tokenizer_fingerprint="t")
+    result = train_step(
+        model,
+        optimizer,
+        own_rows(recipe, context, STEPS),
+        recipe,
+        context,
+        step=STEPS,
+        lr=1e-3,
+        before_update=lambda: said.append(pending.finish()),
+    )
+    assert said == [None], said
+    return [result.loss, result.grad_norm]
 
 
 def load_and_save(root: Path, precision: str, source: str, place: str, context) -> list[float]:
@@ -44,29 +75,39 @@ def load_and_save(root: Path, precision: str, source: str, place: str, context) 
     model, optimizer = build(recipe, context)
     checkpoint, rejected = newest_valid(root / f"{precision}-{source}", context)
     assert rejected == []
-    load_into(checkpoint, optimizer, applied_steps=checkpoint.content.state["applied_steps"])
-    save(root / f"{precision}-{source}-to-{place}", optimizer, recipe, context)
+    state = checkpoint.content.state
+    load_into(checkpoint, optimizer, applied_steps=state["applied_steps"])
+    folder = root / f"{precision}-{source}-to-{place}"
+    problem = save_checkpoint(folder, optimizer, recipe, context, step=STEPS, state=state, tokenizer_fingerprint="t")
+    assert problem is None, problem
     [result] = take_steps(model, optimizer, recipe, context, STEPS, STEPS + 1)
     return [result.loss, result.grad_norm]
 
 
+def visit(root: Path, place: str, context, results: dict) -> None:
+    """Everything at one place that is possible by now and not done yet."""
+    for precision in PRECISIONS:
+        name = f"{precision}-{place}"
+        if name not in results:
+            results[name] = train_and_save(root, precision, place, context)
+        for source, to in LOADS:
+            name = f"{precision}-{source}-to-{place}"
+            if to == place and name not in results and (root / f"{precision}-{source}").exists():
+                results[name] = load_and_save(root, precision, source, place, context)
+
+
 def main() -> None:
     root = Path(sys.argv[1])
-    results = {}
-    for place, first in (("dp2", True), ("tp2", True), ("dp2", False)):
+    processes = parallel.world_size()
+    file = root / f"{processes}.json"
+    results = json.loads(file.read_text()) if file.exists() else {}
+    places = [place for place, (count, _) in PLACES.items() if count == processes]
+    for place in places + places[:1]:  # the first loads from the last
         context = parallel.initialize(recipe_of("fp32", place))
-        for precision in PRECISIONS:
-            if first:
-                train_and_save(root, precision, place, context)
-                sources = ["one", "dp2"]
-            else:
-                sources = ["tp2"]
-            for source in sources:
-                found = load_and_save(root, precision, source, place, context)
-                results[f"{precision}-{source}-to-{place}"] = found
+        visit(root, place, context, results)
         parallel_state.destroy_model_parallel()  # the processes stay together and are cut anew
     if context.is_writer:
-        (root / "results.json").write_text(json.dumps(results))
+        file.write_text(json.dumps(results))
     parallel.finalize()
 
 

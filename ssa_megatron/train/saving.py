@@ -1,0 +1,79 @@
+"""The run's checkpoints: when one is begun, when training waits for it, and what is said about it.
+
+At most one is under way: begun right after a step, written by threads during the next one's forward and backward, finished
+before that one's update. What a failed save costs is that checkpoint: training goes on, older ones are intact.
+"""
+
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+from ssa_megatron.checkpoint.writer import PendingCheckpoint, prune
+from ssa_megatron.config import Recipe
+from ssa_megatron.parallel.context import ParallelContext
+from ssa_megatron.train.console import Console
+from ssa_megatron.zero.optimizer import ShardedOptimizer
+
+
+class Saver:
+    """Every rank holds one and calls it in the same step."""
+
+    def __init__(
+        self,
+        run: Path,
+        optimizer: ShardedOptimizer,
+        recipe: Recipe,
+        context: ParallelContext,
+        console: Console,
+        tokenizer_fingerprint: str,
+    ):
+        self._run, self._optimizer, self._recipe, self._context = run, optimizer, recipe, context
+        self._console, self._fingerprint = console, tokenizer_fingerprint
+        self._pending: PendingCheckpoint | None = None
+        self._began, self._keep = 0.0, True
+        self.waited = 0.0
+        """Seconds that the last `finish` held the training thread."""
+
+    def begin(self, progress, data: dict) -> None:
+        """Begin the checkpoint of `progress.step`; `data` is the stream's position."""
+        # While steps are being skipped the weights may be what makes them non-finite: such a checkpoint must not push good ones
+        # out. The last step of a run is kept beside them, not instead of them.
+        self._keep = progress.skipped_in_a_row == 0
+        if not self._keep and progress.step < self._recipe.train.steps:
+            self._console.say(
+                f"  no checkpoint at step {progress.step}: it was skipped, and older checkpoints are the safer ones"
+            )
+            return
+        self._began = time.monotonic()
+        self._pending = PendingCheckpoint(
+            self._run,
+            self._optimizer,
+            self._recipe,
+            self._context,
+            step=progress.step,
+            state={**asdict(progress), "data": data},
+            tokenizer_fingerprint=self._fingerprint,
+        )
+
+    def finish(self) -> bool:
+        """Commit what was begun, if anything. False when it could not be written."""
+        pending, self._pending, self.waited = self._pending, None, 0.0
+        if pending is None:
+            return True
+        problem = pending.finish()
+        self.waited = pending.waited
+        if problem:
+            self._console.say(f"CHECKPOINT of step {pending.step} {problem}; older checkpoints are intact")
+            return problem.startswith("committed")
+        if self._context.is_writer and self._keep:
+            prune(self._run, self._recipe.checkpoint.keep, newest=pending.step)
+        took = time.monotonic() - self._began
+        self._console.say(
+            f"  checkpoint step {pending.step} committed in {took:.2f} s; training waited {self.waited:.2f} s"
+        )
+        return True
+
+    def close(self) -> None:
+        """The run ends: nothing is left writing."""
+        if self._pending is not None:
+            self._pending.abandon()
