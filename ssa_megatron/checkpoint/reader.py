@@ -7,6 +7,7 @@ finds, on all ranks together, the newest checkpoint that verifies and says why i
 import hashlib
 import math
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -17,6 +18,8 @@ from ssa_megatron.checkpoint.manifest import Manifest, committed, step_folder
 from ssa_megatron.errors import CheckpointError
 from ssa_megatron.parallel.context import ParallelContext
 from ssa_megatron.zero.optimizer import ShardedOptimizer
+
+THREADS = 4  # that hash files of one process
 
 
 class Checkpoint:
@@ -78,18 +81,23 @@ class Checkpoint:
 
     def verify(self, files: list[str] | None = None) -> None:
         """Compare `files` (all by default) with the manifest; raises CheckpointError naming the first that differs."""
-        for name in self.content.files if files is None else files:
-            expected, path = self.content.files[name], self.folder / name
-            try:
-                size = path.stat().st_size
-                if size != expected.bytes:
-                    raise CheckpointError(f"{path}: {size} bytes, the manifest says {expected.bytes}")
-                with path.open("rb") as file:
-                    found = hashlib.file_digest(file, "sha256").hexdigest()
-            except OSError as error:
-                raise CheckpointError(f"{path}: {error.strerror}") from None
-            if found != expected.sha256:
-                raise CheckpointError(f"{path}: sha256 {found[:12]}..., the manifest says {expected.sha256[:12]}...")
+        names = list(self.content.files) if files is None else files
+        with ThreadPoolExecutor(THREADS) as threads:  # hashing releases the interpreter lock
+            for _ in threads.map(self._verify_file, names):
+                pass
+
+    def _verify_file(self, name: str) -> None:
+        expected, path = self.content.files[name], self.folder / name
+        try:
+            size = path.stat().st_size
+            if size != expected.bytes:
+                raise CheckpointError(f"{path}: {size} bytes, the manifest says {expected.bytes}")
+            with path.open("rb") as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            raise CheckpointError(f"{path}: {error.strerror}") from None
+        if found != expected.sha256:
+            raise CheckpointError(f"{path}: sha256 {found[:12]}..., the manifest says {expected.sha256[:12]}...")
 
     def tensor(self, name: str, kind: str = "weight", dtype: torch.dtype | None = None) -> Tensor:
         """The whole global tensor, on the CPU. `weight` falls back to the master where they are the same values."""
@@ -108,16 +116,15 @@ class Checkpoint:
             high = [min(a + n, b + m) for a, n, b, m in zip(offset, shape, p_offset, p_shape, strict=True)]
             if any(a >= b for a, b in zip(low, high, strict=True)):
                 continue
-            stored = torch.empty(math.prod(p_shape), dtype=result.dtype)
-            covered = 0
-            for piece in pieces:
-                first, last = piece["range"]
-                stored[first:last] = self._read(piece["file"], piece["key"])
-                covered += last - first
-            if covered != stored.numel():
-                raise CheckpointError(
-                    f"{self.folder}: {kind} {name} is stored incompletely ({covered} of {stored.numel()})"
-                )
+            count, covered = math.prod(p_shape), sum(piece["range"][1] - piece["range"][0] for piece in pieces)
+            if covered != count:
+                raise CheckpointError(f"{self.folder}: {kind} {name} is stored incompletely ({covered} of {count})")
+            if len(pieces) == 1:
+                stored = self._read(pieces[0]["file"], pieces[0]["key"])
+            else:
+                stored = torch.empty(count, dtype=result.dtype)
+                for piece in pieces:
+                    stored[slice(*piece["range"])] = self._read(piece["file"], piece["key"])
             source = stored.view(p_shape)[_slices(low, high, p_offset)]
             result[_slices(low, high, offset)] = source
             filled += source.numel()
@@ -179,14 +186,26 @@ def newest_valid(run: Path, context: ParallelContext) -> tuple[Checkpoint | None
 @torch.no_grad()
 def load_into(checkpoint: Checkpoint, optimizer: ShardedOptimizer, *, applied_steps: int) -> None:
     """Fill this rank's masters and moments, refresh the working weights, and check that they equal the file's."""
+    stored = []
     for fragment in optimizer.fragments():
+        stored.append([])
         for kind in ("master", "exp_avg", "exp_avg_sq"):
             for target, values in _fragment_values(checkpoint, fragment, kind):
                 getattr(fragment, kind)[target] = values.to(fragment.master.device)
+                stored[-1].append((kind, target, _bit_sum(values)))
     optimizer.restored(applied_steps)
-    for fragment in optimizer.fragments():
-        if not torch.equal(fragment.working, fragment.master.to(fragment.working.dtype)):
+    for fragment, parts in zip(optimizer.fragments(), stored, strict=True):
+        if not torch.equal(fragment.working, fragment.master.to(fragment.working)):
             raise CheckpointError(f"{checkpoint.folder}: working weights differ from their masters after loading")
+        for kind, target, expected in parts:
+            if _bit_sum(getattr(fragment, kind)[target]) != expected:
+                name = fragment.named.blocks[0].name
+                raise CheckpointError(f"{checkpoint.folder}: {kind} of {name} is not the file's after loading")
+
+
+def _bit_sum(values: Tensor) -> int:
+    """The sum of fp32 values' bit patterns: tells whether an optimizer kept what was written into it, without a second copy."""
+    return int(values.view(torch.int32).sum(dtype=torch.int64))
 
 
 def _fragment_values(checkpoint: Checkpoint, fragment, kind: str) -> Iterator[tuple[slice, Tensor]]:
