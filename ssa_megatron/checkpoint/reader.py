@@ -119,15 +119,14 @@ class Checkpoint:
             count, covered = math.prod(p_shape), sum(piece["range"][1] - piece["range"][0] for piece in pieces)
             if covered != count:
                 raise CheckpointError(f"{self.folder}: {kind} {name} is stored incompletely ({covered} of {count})")
-            if len(pieces) == 1:
-                stored = self._read(pieces[0]["file"], pieces[0]["key"])
-            else:
-                stored = torch.empty(count, dtype=result.dtype)
-                for piece in pieces:
-                    stored[slice(*piece["range"])] = self._read(piece["file"], piece["key"])
-            source = stored.view(p_shape)[_slices(low, high, p_offset)]
-            result[_slices(low, high, offset)] = source
-            filled += source.numel()
+            # where all of what is stored is asked for, it goes straight to its place, without a second copy
+            whole = (p_offset, p_shape) == (tuple(offset), tuple(shape))
+            stored = result.view(-1) if whole else torch.empty(count, dtype=result.dtype)
+            for piece in pieces:
+                stored[slice(*piece["range"])] = self._read(piece["file"], piece["key"])
+            if not whole:
+                result[_slices(low, high, offset)] = stored.view(p_shape)[_slices(low, high, p_offset)]
+            filled += math.prod(b - a for a, b in zip(low, high, strict=True))
         if filled != result.numel():
             raise CheckpointError(
                 f"{self.folder}: {kind} {name} covers {filled} of {result.numel()} requested elements"
@@ -193,6 +192,7 @@ def load_into(checkpoint: Checkpoint, optimizer: ShardedOptimizer, *, applied_st
             for target, values in _fragment_values(checkpoint, fragment, kind):
                 getattr(fragment, kind)[target] = values.to(fragment.master.device)
                 stored[-1].append((kind, target, _bit_sum(values)))
+                del values  # before the next one is assembled
     optimizer.restored(applied_steps)
     for fragment, parts in zip(optimizer.fragments(), stored, strict=True):
         if not torch.equal(fragment.working, fragment.master.to(fragment.working)):
@@ -205,7 +205,8 @@ def load_into(checkpoint: Checkpoint, optimizer: ShardedOptimizer, *, applied_st
 
 def _bit_sum(values: Tensor) -> int:
     """The sum of fp32 values' bit patterns: tells whether an optimizer kept what was written into it, without a second copy."""
-    return int(values.view(torch.int32).sum(dtype=torch.int64))
+    parts = values.view(torch.int32).split(2**20)  # torch widens what it sums to 64 bits first
+    return sum(int(part.sum(dtype=torch.int64)) for part in parts)
 
 
 def _fragment_values(checkpoint: Checkpoint, fragment, kind: str) -> Iterator[tuple[slice, Tensor]]:
@@ -213,8 +214,11 @@ def _fragment_values(checkpoint: Checkpoint, fragment, kind: str) -> Iterator[tu
         first = max(fragment.start, block.start)
         last = min(fragment.start + fragment.numel, block.start + block.numel)
         if first < last:
-            values = checkpoint.rectangle(block.name, kind, block.offset, block.shape).flatten()
-            yield slice(first - fragment.start, last - fragment.start), values[first - block.start : last - block.start]
+            here, there = (
+                slice(first - fragment.start, last - fragment.start),
+                slice(first - block.start, last - block.start),
+            )
+            yield here, checkpoint.rectangle(block.name, kind, block.offset, block.shape).view(-1)[there]
 
 
 def _by_rectangle(pieces: list[dict]) -> dict[tuple, list[dict]]:

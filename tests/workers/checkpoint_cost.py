@@ -1,0 +1,120 @@
+"""Worker: what a checkpoint costs: peak memory of a save and of a load, and the step that runs while it is written.
+
+usage: python -m tests.workers.checkpoint_cost OUT.json [HIDDEN LAYERS VOCABULARY LENGTH]
+The sizes of the model; as given for the figures of the README: 512 8 32000 256.
+"""
+
+import json
+import math
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+from ssa_megatron.checkpoint.reader import Checkpoint, load_into
+from ssa_megatron.checkpoint.writer import PendingCheckpoint, save_checkpoint
+from ssa_megatron.model.shapes import global_shapes
+from ssa_megatron.parallel import context as parallel
+from ssa_megatron.train.step import train_step
+from tests.ssa_megatron.support import build, own_rows, take_steps, tiny
+
+ROUNDS = 3
+
+
+def anonymous_bytes() -> int:
+    """Memory of this process that is not a mapped file."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) * 1024
+    raise AssertionError("no RssAnon in /proc/self/status")
+
+
+def peak_while(action) -> int:
+    """Bytes that `action` held at most beyond what was held before it, looked at every millisecond."""
+    before, peak, done = anonymous_bytes(), [0], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.001):
+            peak[0] = max(peak[0], anonymous_bytes())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    action()
+    done.set()
+    watcher.join()
+    return max(0, peak[0] - before)
+
+
+def measure(folder: Path, hidden: int, layers: int, vocabulary: int, length: int, context) -> dict:
+    recipe = tiny(
+        model__hidden_size=hidden,
+        model__num_layers=layers,
+        model__vocab_size=vocabulary,
+        model__head_dim=hidden // 4,
+        model__ffn_size=3 * hidden,
+        model__max_sequence_length=length,
+        train__sequence_length=length,
+    )
+    model, optimizer = build(recipe, context)
+    take_steps(model, optimizer, recipe, context, 0, 1)
+    about = {"step": 1, "state": {}, "tokenizer_fingerprint": "t"}
+
+    def save() -> None:
+        assert save_checkpoint(folder, optimizer, recipe, context, **about) is None
+
+    def step(number: int, saving: bool) -> tuple[float, float]:
+        """(seconds of a step that a checkpoint precedes, seconds of it that were waiting for the checkpoint)."""
+        began = time.monotonic()
+        pending = PendingCheckpoint(folder, optimizer, recipe, context, **about) if saving else None
+        train_step(
+            model,
+            optimizer,
+            own_rows(recipe, context, number),
+            recipe,
+            context,
+            step=number,
+            lr=1e-3,
+            before_update=pending.finish if saving else lambda: None,
+        )
+        return time.monotonic() - began, pending.waited if saving else 0.0
+
+    def seconds(action) -> float:
+        began = time.monotonic()
+        action()
+        return time.monotonic() - began
+
+    saving = peak_while(save)
+    checkpoint = Checkpoint.open(folder)
+    loading = peak_while(lambda: load_into(checkpoint, optimizer, applied_steps=1))
+    alone, at_once, meanwhile, waited = [], [], [], []
+    for number in range(1, 1 + ROUNDS):  # in turns: the machine's other load is spread over all of them
+        alone.append(step(number, saving=False)[0])
+        at_once.append(seconds(save) + step(number, saving=False)[0])
+        took, wait = step(number, saving=True)
+        meanwhile.append(took)
+        waited.append(wait)
+    return {
+        "largest tensor": max(4 * math.prod(shape) for shape in global_shapes(recipe).values()),
+        "checkpoint": sum(file.bytes for file in checkpoint.content.files.values()),
+        "files": len(checkpoint.content.files),
+        "peak while saving": saving,
+        "peak while loading": loading,
+        "step": statistics.median(alone),
+        "save, then step": statistics.median(at_once),
+        "step while saving": statistics.median(meanwhile),
+        "waited": statistics.median(waited),
+    }
+
+
+def main() -> None:
+    out, sizes = Path(sys.argv[1]), [int(size) for size in sys.argv[2:]] or [512, 8, 32000, 256]
+    context = parallel.initialize(tiny())
+    with tempfile.TemporaryDirectory(dir=out.parent) as folder:
+        out.write_text(json.dumps(measure(Path(folder), *sizes, context), indent=1))
+    parallel.finalize()
+
+
+if __name__ == "__main__":
+    main()
