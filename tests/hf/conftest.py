@@ -8,7 +8,7 @@ import torch
 
 from pipelines.tokenizer import train_tokenizer
 from ssa_megatron.checkpoint.manifest import Manifest, step_folder
-from ssa_megatron.checkpoint.writer import write_safetensors
+from ssa_megatron.checkpoint.stream import write_safetensors
 from ssa_megatron.config.recipe import digest, resolve
 from ssa_megatron.hf.export import export
 from tests.oracle import model as oracle

@@ -184,11 +184,11 @@ def test_a_recipe_with_other_sizes_or_another_kind_is_refused(tmp_path, run):
 
 def test_a_damaged_weight_file_is_named(tmp_path, run):
     changed = copied(run, tmp_path)
-    path = step_folder(changed, 9) / "rank-00001-000.safetensors"
+    path = step_folder(changed, 9) / "rank-00001.safetensors"
     content = bytearray(path.read_bytes())
     content[-5] ^= 1
     path.write_bytes(content)
-    assert_refused(CheckpointError, "rank-00001-000.safetensors: sha256", changed, tmp_path / "out")
+    assert_refused(CheckpointError, "rank-00001.safetensors: sha256", changed, tmp_path / "out")
 
 
 def test_a_missing_or_foreign_tokenizer_is_named(tmp_path, run, tokenizer):
