@@ -30,8 +30,8 @@ class Config(NamedTuple):
     dkv_stages: int = 3
     gate_rows: int = 64
     # (rows, keys, warps, stages)
-    dense_forward: tuple[int, int, int, int] = (64, 128, 4, 3)
-    dense_dq: tuple[int, int, int, int] = (64, 128, 4, 3)
+    dense_forward: tuple[int, int, int, int] = (64, 128, 4, 2)
+    dense_dq: tuple[int, int, int, int] = (64, 64, 4, 3)
     dense_dkv: tuple[int, int, int, int] = (64, 64, 4, 3)
 
 
