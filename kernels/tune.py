@@ -108,13 +108,13 @@ def tune(shape: str, wanted: list[str]) -> None:
 
 def tune_dense(q, k, v, do, scale: float, base) -> None:
     """Without documents and with one, whose tiles should cost the same."""
-    n, dim = q.shape[1], q.shape[3]
+    n = q.shape[1]
     one = torch.zeros(q.shape[0], n, dtype=torch.int32, device="cuda")
-    delta = triton_dense_backward.by_head(triton_gate.row_delta(q, do, 64))
-    tiles = [(64, 64, 4, 2), (64, 64, 4, 3), (64, 128, 8, 2), (64, 128, 8, 3), (128, 64, 8, 3), (128, 128, 8, 2)]
-    tiles += [(32, 128, 8, 3)] if dim == 64 else [(32, 64, 4, 3), (64, 64, 8, 2)]
+    tiles = [(64, 64, 4, 2), (64, 64, 4, 3), (64, 64, 4, 4), (64, 128, 4, 2), (64, 128, 4, 3), (32, 64, 4, 3)]
+    tiles += [(64, 128, 8, 2), (64, 128, 8, 3), (128, 64, 8, 3), (128, 64, 8, 4), (128, 128, 8, 2)]
     for name, dense in {"": triton_dense.Dense(n), ", document": triton_dense.Dense(n, doc_starts=one)}.items():
-        lse = triton_dense.forward(q, k, v, scale, dense, base)[1]
+        o, lse = triton_dense.forward(q, k, v, scale, dense, base)
+        delta = triton_dense_backward.by_head(triton_gate.row_delta(o, do, base.gate_rows))
         given = lse, do, delta, scale, dense
 
         def forward(c, dense=dense):
