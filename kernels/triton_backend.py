@@ -12,11 +12,20 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from . import torch_routing, triton_dense, triton_dense_backward, triton_gate, triton_routing, triton_sparse
+from . import (
+    torch_routing,
+    triton_dense,
+    triton_dense_backward,
+    triton_dual,
+    triton_dual_backward,
+    triton_gate,
+    triton_routing,
+    triton_sparse,
+)
 from .layout import slot_count, slot_starts
 from .spec import BlockSpec, KernelArgumentError
 from .torch_routing import pooled_blocks
-from .triton_config import choose
+from .triton_config import choose, dual
 from .triton_dense import Dense
 
 MOST_BLOCKS = 129  # the routing kernel keeps a sorted list of block_count - 1 keys per token in registers
@@ -139,6 +148,33 @@ class _SSA(torch.autograd.Function):
         return *grads, d_gate, None, None, None, None, None, None, None
 
 
+class _Dual(torch.autograd.Function):
+    """The same as _SSA, both streams from one pass over key tiles (chosen by `triton_config.dual`)."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, gate, blocks, size: int, scale: float, trunk: str, count: int, doc_starts):
+        config = choose(q)
+        bits, word = triton_dual.selection_bits(blocks, q.shape[1], size, doc_starts)
+        full, lse_full, sparse, lse = triton_dual.forward(q, k, v, bits, word, size, scale, doc_starts, config)
+        out, loss = triton_gate.gate_forward(full, sparse, gate, trunk, count, config.gate_rows)
+        ctx.save_for_backward(q, k, v, gate, blocks, full, sparse, lse_full, lse)
+        ctx.rest = size, scale, doc_starts
+        ctx.config, ctx.trunk, ctx.count = config, trunk, count
+        return out, loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_out, d_loss):
+        q, k, v, gate, blocks, full, sparse, lse_full, lse = ctx.saved_tensors
+        do_full, do_sparse, delta_full, delta_sparse, d_gate = triton_gate.gate_backward(
+            full, sparse, gate, d_out.contiguous(), d_loss, ctx.trunk, ctx.count, ctx.config.gate_rows
+        )
+        grads = triton_dual_backward.backward(
+            q, k, v, blocks, *ctx.rest, do_full, do_sparse, lse_full, lse, delta_full, delta_sparse, ctx.config
+        )
+        return *grads, d_gate, None, None, None, None, None, None
+
+
 def _with_graph(ctx, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """The vendor's dense attention, its graph kept on ctx when a gradient will be asked for."""
     if not any(ctx.needs_input_grad):
@@ -197,18 +233,12 @@ def ssa_attention(q, k, v, gate, spec: BlockSpec, trunk: str, scale: float, doc_
     doc_starts, query_index = _flat(doc_starts), _flat(query_index)
     if blocks is None:
         blocks = select_blocks(q, k, spec, scale, doc_starts, query_index)
-    padded = (_padded(x) for x in (q, k, v))
-    out, loss = _SSA.apply(
-        *padded,
-        gate.contiguous(),
-        blocks.contiguous(),
-        spec.block_size,
-        scale,
-        trunk,
-        q.numel(),
-        doc_starts,
-        query_index,
-    )
+    padded = [_padded(x) for x in (q, k, v)]
+    rest = gate.contiguous(), blocks.contiguous(), spec.block_size, scale, trunk, q.numel(), doc_starts
+    if dual(*padded[:2], spec.block_size, blocks.shape[3], doc_starts, query_index):
+        out, loss = _Dual.apply(*padded, *rest)
+    else:
+        out, loss = _SSA.apply(*padded, *rest, query_index)
     return _cut(out, q.shape[3]), loss
 
 

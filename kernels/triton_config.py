@@ -33,6 +33,9 @@ class Config(NamedTuple):
     dense_forward: tuple[int, int, int, int] = (64, 128, 4, 2)
     dense_dq: tuple[int, int, int, int] = (64, 64, 4, 3)
     dense_dkv: tuple[int, int, int, int] = (64, 64, 4, 3)
+    dual_forward: tuple[int, int, int, int] = (64, 64, 4, 3)
+    dual_dq: tuple[int, int, int, int] = (64, 64, 4, 2)
+    dual_dkv: tuple[int, int, int, int] = (64, 64, 4, 2)
 
 
 # Measured on one H100 80GB (bf16, shapes A and B of README.md). Spills decide at 128: one warp cannot hold the tiles.
@@ -43,13 +46,27 @@ TABLE = {
         dense_forward=(64, 64, 4, 3), dense_dq=(128, 64, 8, 3), dense_dkv=(64, 64, 4, 2),
     ),
 }  # fmt: skip
+DUAL_ALONE, DUAL_DOCUMENTS = 128, 192
 SMALL = (32, 32, 4, 2)
 GENERAL = Config(
     stat_tile=32, select_rows=32, select_tile=32, sparse_keys=32, sparse_warps=2, dq_keys=32, dq_warps=2,
     dkv_rows=32, dkv_stages=2, dense_forward=SMALL, dense_dq=SMALL, dense_dkv=SMALL,
+    dual_forward=SMALL, dual_dq=SMALL, dual_dkv=SMALL,
 )  # fmt: skip
 
 
 def choose(q: Tensor) -> Config:
     """By head dimension; fp32 (three tensor-core products each) and other sizes take small tiles that fit anything."""
     return TABLE.get(q.shape[3], GENERAL) if q.dtype != torch.float32 else GENERAL
+
+
+def dual(q: Tensor, k: Tensor, size: int, count: int, doc_starts: Tensor | None, query_index: Tensor | None) -> bool:
+    """Whether SSA's two streams share one pass over key tiles (triton_dual.py).
+
+    A second stream in that pass costs two products over every key before the token; gathering costs `size * count` keys
+    a token once for the whole query group. So the shared pass wins while tokens times group stay below a multiple of
+    the budget; the multiples are measured.
+    """
+    group = q.shape[2] // k.shape[2]
+    fits = query_index is None and size in (16, 32, 64, 128) and q.shape[3] <= 128 and group <= 8
+    return fits and q.shape[1] * group <= (DUAL_ALONE if doc_starts is None else DUAL_DOCUMENTS) * size * count
