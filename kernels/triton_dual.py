@@ -57,18 +57,19 @@ def _chosen(bits, rest, step, SHIFT: tl.constexpr, HAS_DOCS: tl.constexpr):
 
 @triton.jit
 def _key_range(doc_ptr, doc_at, rows, n, ROWS: tl.constexpr, KEYS: tl.constexpr, HAS_DOCS: tl.constexpr):
-    """Document starts of the rows; keys [low, high) any of them sees; [inner, outer), whole tiles, every one of them."""
+    """Document starts of the rows and of the last one; keys [low, high) any row sees; [inner, outer), whole tiles that
+    every row sees, so that all rows are of the last one's document if there are any."""
     begin = tl.min(rows, 0)
     last = tl.minimum(begin + ROWS, n) - 1
-    low, inner = 0, 0
+    low, own = 0, 0
     s = rows * 0
     if HAS_DOCS:  # document starts ascend with the row
         s = tl.load(doc_ptr + doc_at + rows, mask=rows < n, other=0)
         low = tl.load(doc_ptr + doc_at + begin) // KEYS * KEYS
-        inner = tl.cdiv(tl.load(doc_ptr + doc_at + last), KEYS) * KEYS
+        own = tl.load(doc_ptr + doc_at + last)
     high = last + 1
-    inner = tl.minimum(inner, high)
-    return s, low, inner, tl.maximum((begin + 1) // KEYS * KEYS, inner), high
+    inner = tl.minimum(tl.cdiv(own, KEYS) * KEYS, high)
+    return s, own, low, inner, tl.maximum((begin + 1) // KEYS * KEYS, inner), high
 
 
 @triton.jit
@@ -95,7 +96,7 @@ def _forward_tiles(
         total = total * shrink + tl.sum(weight, 1)
         v = v_desc.load([b, first, h * D]).reshape(KEYS, D)
         full = tl.dot(weight.to(v.dtype), v, full * shrink[:, None], input_precision="tf32x3")
-        chosen = _chosen(bits[:, None], rest[:, None], step[None, :], SHIFT, HAS_DOCS)
+        chosen = _chosen(bits[:, None], rest[:, None] if MASKED else rest, step[None, :], SHIFT, HAS_DOCS)
         weight = tl.where(chosen, weight, 0.0)
         total_sparse = total_sparse * shrink + tl.sum(weight, 1)
         sparse = tl.dot(weight.to(v.dtype), v, sparse * shrink[:, None], input_precision="tf32x3")
@@ -143,7 +144,7 @@ def _forward(
     h = head // (h_q // h_kv)
     rows = (tl.num_programs(0) - 1 - tl.program_id(0)) * ROWS + tl.arange(0, ROWS)  # the longest rows start first
     real = rows < n
-    s, low, inner, outer, high = _key_range(doc_ptr, b.to(tl.int64) * n, rows, n, ROWS, KEYS, HAS_DOCS)
+    s, own, low, inner, outer, high = _key_range(doc_ptr, b.to(tl.int64) * n, rows, n, ROWS, KEYS, HAS_DOCS)
     bits_ptr += (b.to(tl.int64) * h_kv + h) * words * n
     dim = tl.arange(0, D)
     row_at = (b.to(tl.int64) * n + rows) * h_q + head
@@ -160,7 +161,7 @@ def _forward(
             scale_log2, D, KEYS, True, SHIFT, WORD, HAS_DOCS,
         )  # fmt: skip
     full, sparse, top, total, total_sparse = _forward_tiles(
-        full, sparse, top, total, total_sparse, q, k_desc, v_desc, bits_ptr, b, h, inner, outer, rows, s, n,
+        full, sparse, top, total, total_sparse, q, k_desc, v_desc, bits_ptr, b, h, inner, outer, rows, own, n,
         scale_log2, D, KEYS, False, SHIFT, WORD, HAS_DOCS,
     )  # fmt: skip
     full, sparse, top, total, total_sparse = _forward_tiles(

@@ -30,7 +30,7 @@ def _dq_tiles(
         v = v_desc.load([b, first, h * D]).reshape(KEYS, D)
         bits, rest = _row_bits(bits_ptr, first, rows, s, n, SHIFT, WORD, HAS_DOCS)
         score = tl.dot(q, tl.trans(k), input_precision="tf32x3") * scale_log2
-        chosen = _chosen(bits[:, None], rest[:, None], step[None, :], SHIFT, HAS_DOCS)
+        chosen = _chosen(bits[:, None], rest[:, None] if MASKED else rest, step[None, :], SHIFT, HAS_DOCS)
         weight = tl.exp2(score - tl.where(chosen, lse_sparse[:, None], lse_full[:, None]))
         if MASKED:
             key = first + step
@@ -58,7 +58,7 @@ def _backward_q(
     h = head // (h_q // h_kv)
     rows = (tl.num_programs(0) - 1 - tl.program_id(0)) * ROWS + tl.arange(0, ROWS)
     real = rows < n
-    s, low, inner, outer, high = _key_range(doc_ptr, b.to(tl.int64) * n, rows, n, ROWS, KEYS, HAS_DOCS)
+    s, own, low, inner, outer, high = _key_range(doc_ptr, b.to(tl.int64) * n, rows, n, ROWS, KEYS, HAS_DOCS)
     bits_ptr += (b.to(tl.int64) * h_kv + h) * words * n
     row_at = (b.to(tl.int64) * n + rows) * h_q + head
     at = row_at[:, None] * D + tl.arange(0, D)[None, :]
@@ -77,7 +77,7 @@ def _backward_q(
         )  # fmt: skip
     dq = _dq_tiles(
         dq, q, do_full, do_sparse, lse_full, lse_sparse, delta_full, delta_sparse, k_desc, v_desc, bits_ptr, b, h,
-        inner, outer, rows, s, n, scale_log2, D, KEYS, False, SHIFT, WORD, HAS_DOCS,
+        inner, outer, rows, own, n, scale_log2, D, KEYS, False, SHIFT, WORD, HAS_DOCS,
     )  # fmt: skip
     dq = _dq_tiles(
         dq, q, do_full, do_sparse, lse_full, lse_sparse, delta_full, delta_sparse, k_desc, v_desc, bits_ptr, b, h,
