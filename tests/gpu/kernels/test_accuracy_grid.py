@@ -46,7 +46,16 @@ def test_sharp_logits(case, sharpness):
 
 @pytest.mark.parametrize("gap", [0.0, 40.0, 90.0, 120.0])
 @pytest.mark.parametrize(
-    ("case", "dtype"), [(CASES[8], torch.bfloat16), (CASES[15], torch.bfloat16), (CASES[18], torch.float32)]
+    ("case", "dtype"),
+    [
+        (CASES[8], torch.bfloat16),
+        (CASES[15], torch.bfloat16),
+        (CASES[18], torch.float32),
+        (CASES[10], torch.bfloat16),
+        (CASES[11], torch.bfloat16),
+        (CASES[10], torch.float16),  # one pass for both
+    ],
+    ids=str,
 )
 def test_scores_far_above_the_rest(case, dtype, gap):
     """A key `gap` nats above all others, which routing cannot see: its neighbours pull the block's mean down."""

@@ -43,8 +43,9 @@ def everything(leaves, upstream, spec, docs):
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_future_and_other_documents_do_not_leak(packed):
-    leaves, upstream, spec, _ = build(PLAIN, torch.bfloat16)
+@pytest.mark.parametrize("case", [PLAIN, CASES[10]], ids=str)
+def test_future_and_other_documents_do_not_leak(case, packed):
+    leaves, upstream, spec, _ = build(case, torch.bfloat16)
     upstream[:, 333:700] = 0
     docs = torch.zeros(2, 1000, dtype=torch.int32, device="cuda")
     docs[:, 333:] = 333
