@@ -46,7 +46,6 @@ TABLE = {
         dense_forward=(64, 64, 4, 3), dense_dq=(128, 64, 8, 3), dense_dkv=(64, 64, 4, 2),
     ),
 }  # fmt: skip
-DUAL_ALONE, DUAL_DOCUMENTS = 128, 192
 SMALL = (32, 32, 4, 2)
 GENERAL = Config(
     stat_tile=32, select_rows=32, select_tile=32, sparse_keys=32, sparse_warps=2, dq_keys=32, dq_warps=2,
@@ -60,12 +59,16 @@ def choose(q: Tensor) -> Config:
     return TABLE.get(q.shape[3], GENERAL) if q.dtype != torch.float32 else GENERAL
 
 
+DUAL_ALONE, DUAL_DOCUMENTS = 128, 256
+
+
 def dual(q: Tensor, k: Tensor, size: int, count: int, doc_starts: Tensor | None, query_index: Tensor | None) -> bool:
     """Whether SSA's two streams share one pass over key tiles (triton_dual.py).
 
-    A second stream in that pass costs two products over every key before the token; gathering costs `size * count` keys
-    a token once for the whole query group. So the shared pass wins while tokens times group stay below a multiple of
-    the budget; the multiples are measured.
+    In that pass a second stream costs products with every earlier key; gathered, it costs `size * count` keys a token,
+    once for the whole query group. So the pass wins while tokens * group stay below a multiple of the budget. Measured
+    at head dimension 128 and a budget of 256 (README.md): 128 is 8k tokens of groups of 4 (10 % faster) and 32k of groups of
+    1 (8 %), 256 is 8k of groups of 8 (6 % slower). Documents, which are shorter than their row, shorten the pass alone.
     """
     group = q.shape[2] // k.shape[2]
     fits = query_index is None and size in (16, 32, 64, 128) and q.shape[3] <= 128 and group <= 8

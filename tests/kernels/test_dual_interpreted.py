@@ -31,21 +31,19 @@ else:
     # n, Hq, Hkv, D, block_size, block_count, mean document length (0 = none)
     CASES = [
         (1, 1, 1, 16, 16, 2, 0),
-        (67, 2, 2, 16, 16, 3, 0),
-        (45, 4, 2, 32, 16, 2, 20),
-        (40, 4, 1, 16, 32, 2, 0),
-        (37, 8, 1, 16, 16, 2, 5),
-        (11, 2, 2, 16, 16, 2, 1),
-        (70, 3, 1, 20, 64, 1, 40),
-        (130, 1, 1, 16, 128, 1, 0),
+        (37, 2, 2, 16, 16, 2, 0),
+        (41, 4, 2, 32, 16, 2, 20),
+        (40, 3, 1, 20, 32, 1, 0),
+        (35, 8, 1, 16, 16, 2, 5),
+        (9, 1, 1, 16, 16, 2, 1),
+        (43, 1, 1, 16, 128, 1, 30),
     ]
 
     @pytest.mark.parametrize("case", CASES, ids=str)
     def test_one_pass_over_keys_is_the_method(case, monkeypatch):
         n, h_q, h_kv, dim, size, count, mean_length = case
-        batch = 2 if n < 20 else 1
-        leaves, upstream = inputs(batch, n, h_q, h_kv, dim)
-        docs = documents(batch, n, mean_length) if mean_length else None
+        leaves, upstream = inputs(1, n, h_q, h_kv, dim)
+        docs = documents(1, n, mean_length) if mean_length else None
         spec, trunk = BlockSpec(size, count), "full" if h_q % 4 else "sparse"
         monkeypatch.setattr(triton_backend, "dual", lambda *_: True)
         ours, theirs = (
@@ -66,7 +64,7 @@ else:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
     @pytest.mark.parametrize("gap", [0, 40, 90, 120])
     def test_an_unselected_key_far_above_every_selected_one(gap, dtype):
-        (q, k, v, _), upstream = inputs(1, 100, 2, 1, 16, grad=False)
+        (q, k, v, _), upstream = inputs(1, 70, 2, 1, 16, grad=False)
         blocks = kernels.select_blocks(q, k, BlockSpec(16, 3), backend="torch")
         blocks[..., 1:] = blocks[..., 1:].masked_fill(blocks[..., 1:] == 0, -1)
         q[..., 0], k[:, 5], k[:, 5, :, 0] = 4.0, 0.0, gap * 16**0.5 / 4  # key 5 scores `gap` nats, in no selection
@@ -79,7 +77,7 @@ else:
         ]
         total = (expected[0] * up_full).sum() + (expected[1] * up_sparse).sum()
         expected += torch.autograd.grad(total, truth)
-        bits = triton_dual.selection_bits(blocks, 100, 16, None)
+        bits = triton_dual.selection_bits(blocks, 70, 16, None)
         config = triton_config.GENERAL
         full, lse_full, sparse, lse_sparse = triton_dual.forward(q, k, v, *bits, 16, 0.25, None, config)
         deltas = [(o * u).sum(-1).float().detach() for o, u in zip(expected[:2], (up_full, up_sparse), strict=True)]
