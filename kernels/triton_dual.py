@@ -16,6 +16,11 @@ from .triton_routing import LOG2E
 
 
 @triton.jit
+def _either(a, b):
+    return a | b
+
+
+@triton.jit
 def _bits(
     blocks_ptr, bits_ptr, n, words, h_kv: tl.constexpr, COUNT: tl.constexpr, COUNT_P: tl.constexpr,
     WORD: tl.constexpr, ROWS: tl.constexpr,
@@ -28,7 +33,7 @@ def _bits(
     for w in range(words):
         bit = block - w * WORD
         here = (block >= 0) & (bit >= 0) & (bit < 32)
-        word = tl.sum(tl.where(here, 1 << tl.where(here, bit, 0), 0), 1)  # blocks are distinct: the sum is an or
+        word = tl.reduce(tl.where(here, 1 << tl.where(here, bit, 0), 0), 1, _either)
         tl.store(bits_ptr + ((b * h_kv + h) * words + w) * n + rows, word, mask=rows < n)
 
 
@@ -169,17 +174,18 @@ def _forward(
         scale_log2, D, KEYS, True, SHIFT, WORD, HAS_DOCS,
     )  # fmt: skip
     tl.store(full_ptr + at, (full / total[:, None]).to(full_ptr.dtype.element_ty), mask=real[:, None])
-    lse_at = lse_full_ptr + (b.to(tl.int64) * h_q + head) * n_pad + rows
-    tl.store(lse_at, tl.where(real, top + tl.log2(total), float("inf")), mask=rows < n_pad)
-    total_sparse = tl.where(real, total_sparse, 1.0)
-    if tl.min(total_sparse, 0) < FLOOR:
+    lse_at = (b.to(tl.int64) * h_q + head) * n_pad + rows
+    tl.store(lse_full_ptr + lse_at, top + tl.log2(total), mask=real)
+    if tl.min(tl.where(real, total_sparse, 1.0), 0) < FLOOR:
         sparse, top, total_sparse = _sparse_tiles(
             q, k_desc, v_desc, bits_ptr, b, h, low, high, rows, s, n, scale_log2,
             ROWS, D, KEYS, SHIFT, WORD, HAS_DOCS,
         )  # fmt: skip
-        total_sparse = tl.where(real, total_sparse, 1.0)
-    tl.store(sparse_ptr + at, (sparse / total_sparse[:, None]).to(sparse_ptr.dtype.element_ty), mask=real[:, None])
-    tl.store(lse_sparse_ptr + row_at, top + tl.log2(total_sparse), mask=real)
+    seen = total_sparse > 0  # a row whose selection is empty gives zeros
+    lse = tl.where(seen, top + tl.log2(total_sparse), float("inf"))
+    sparse = sparse / tl.where(seen, total_sparse, 1.0)[:, None]
+    tl.store(sparse_ptr + at, sparse.to(sparse_ptr.dtype.element_ty), mask=real[:, None])
+    tl.store(lse_sparse_ptr + row_at, lse, mask=real)
 
 
 def selection_bits(blocks: Tensor, n: int, size: int, doc_starts: Tensor | None) -> tuple[Tensor, int]:
@@ -204,12 +210,12 @@ def forward(q, k, v, bits: Tensor, word: int, size: int, scale: float, doc_start
     batch, n, h_q, dim = q.shape
     n_pad = triton.cdiv(n, PAD) * PAD
     full, sparse = torch.empty_like(q), torch.empty_like(q)
-    lse_full = torch.empty(batch, h_q, n_pad, dtype=torch.float32, device=q.device)
+    lse_full = torch.full((batch, h_q, n_pad), float("inf"), dtype=torch.float32, device=q.device)
     lse_sparse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     rows, keys, warps, stages = config.dual_forward
     # A sum below this has lost weights to underflow: fp32's and bf16's smallest is 2^-126, fp16's 2^-14.
     floor = 2.0**-4 if q.dtype == torch.float16 else 2.0**-100
-    _forward[(n_pad // rows, h_q, batch)](
+    _forward[(triton.cdiv(n, rows), h_q, batch)](
         q, tiles(k, keys), tiles(v, keys), bits, doc_starts, full, lse_full, sparse, lse_sparse,
         n, bits.shape[2], n_pad, scale * LOG2E, h_q, k.shape[2], dim, rows, keys, size.bit_length() - 1, word, floor,
         HAS_DOCS=doc_starts is not None, num_warps=warps, num_stages=stages,

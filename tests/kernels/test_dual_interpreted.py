@@ -61,6 +61,21 @@ else:
         assert not triton_config.dual(q, k, 24, 16, None, None)
         assert not triton_config.dual(torch.empty(1, 2**30, 4, 16, device="meta"), k, 16, 16, None, None)
 
+    def test_a_token_that_selected_nothing_gives_zeros(monkeypatch):
+        leaves, upstream = inputs(1, 18, 2, 1, 16)
+        blocks = kernels.select_blocks(*leaves[:2], BlockSpec(16, 2), backend="torch")
+        blocks[:, 5] = -1
+        monkeypatch.setattr(triton_backend, "dual", lambda *_: True)
+        known = {"trunk": "sparse", "blocks": blocks}
+        ours, theirs = (
+            outputs_and_gradients(
+                kernels.ssa_attention(*leaves, BlockSpec(16, 2), **known, backend=b), upstream, leaves
+            )
+            for b in ("triton", "torch")
+        )
+        assert not ours[0][:, 5].any()
+        assert_close(ours, theirs, 1e-5)
+
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
     @pytest.mark.parametrize("gap", [0, 40, 90, 120])
     def test_an_unselected_key_far_above_every_selected_one(gap, dtype):
