@@ -2,12 +2,13 @@
 
 usage: python -m tests.workers.topologies FOLDER CASES.json
 CASES.json is a list of {"name", "recipe": {"section.field": value}}. Launched alone it writes each case's reference to
-FOLDER/KEY.pt; launched in several processes it writes FOLDER/WORLD.json: per case the relative errors of loss and alignment,
+FOLDER/KEY.pt; launched in several processes it writes results to CASES.json.out: per case the relative errors of loss and alignment,
 gradient norm, the worst parameter's gradient at the optimizer's step and the worst parameter after three steps.
 """
 
 import hashlib
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -112,23 +113,30 @@ def errors(found: dict, reference: dict) -> dict:
 
 def main() -> None:
     folder, cases = Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text())
-    alone, results = parallel.world_size() == 1, []
-    for case in cases:
+    alone, results = parallel.world_size() == 1, {}
+    context, layout = None, None
+    for case in sorted(cases, key=lambda case: str(recipe_of(case).parallel)):  # groups are never given back: few cuts
         path = folder / f"{key(case)}.pt"
         if alone and path.exists():
             continue
         began = time.monotonic()
         recipe = recipe_of(case, alone)
-        context = parallel.initialize(recipe)
+        if os.environ.get("RANK", "0") == "0":
+            print(
+                f"{time.monotonic():.0f} {case['name']}", flush=True
+            )  # the last one is the culprit when time runs out
+        if layout != recipe.parallel:
+            if context is not None:
+                parallel_state.destroy_model_parallel()  # the processes stay together and are cut anew
+            context, layout = parallel.initialize(recipe), recipe.parallel
         found = run_case(recipe, context)
         if alone:
             torch.save(found, path)
         else:
             reference = torch.load(path, weights_only=True)
-            results.append({"name": case["name"], **errors(found, reference), "seconds": time.monotonic() - began})
-        parallel_state.destroy_model_parallel()  # the processes stay together and are cut anew
+            results[case["name"]] = {**errors(found, reference), "seconds": round(time.monotonic() - began, 1)}
     if not alone and context.is_writer:
-        (folder / f"{context.world}.json").write_text(json.dumps(results))
+        Path(f"{sys.argv[2]}.out").write_text(json.dumps(results))
     parallel.finalize()
 
 
