@@ -20,7 +20,8 @@ def environment(**extra: str) -> dict[str, str]:
     """The environment of a CPU process: one thread, no compilation, this tree's modules; nothing of a launcher around us."""
     launcher = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     kept = {key: value for key, value in os.environ.items() if key not in launcher}
-    return {**kept, "OMP_NUM_THREADS": "1", "TORCH_COMPILE_DISABLE": "1", "PYTHONPATH": str(ROOT), **extra}
+    paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    return {**kept, "OMP_NUM_THREADS": "1", "TORCH_COMPILE_DISABLE": "1", "PYTHONPATH": paths, **extra}
 
 
 def start(processes: int, *arguments: str, **extra: str) -> subprocess.Popen:

@@ -129,7 +129,7 @@ def global_tensors(pieces, recipe: Recipe, context) -> dict[str, Tensor]:
                 index = tuple(slice(o, o + n) for o, n in zip(block.offset, block.shape, strict=True))
                 found[block.name][index] += part.view(block.shape)
     for tensor in found.values():
-        dist.all_reduce(tensor)
+        dist.all_reduce(tensor, group=context.host_group)
     return found
 
 

@@ -2,8 +2,8 @@
 
 usage: python -m tests.workers.topologies FOLDER CASES.json
 CASES.json is a list of {"name", "recipe": {"section.field": value}}. Launched alone it writes each case's reference to
-FOLDER/KEY.pt; launched in several processes it writes results to CASES.json.out: per case the relative errors of loss and alignment,
-gradient norm, the worst parameter's gradient at the optimizer's step and the worst parameter after three steps.
+FOLDER/KEY.pt; launched in several processes it writes to CASES.json.out, per case, the relative errors of loss, alignment and
+gradient norm, of the worst parameter's gradient at the optimizer's step and of the worst parameter after three steps.
 """
 
 import hashlib
