@@ -14,7 +14,6 @@ from typing import Annotated
 
 import typer
 
-from kernels.spec import KernelArgumentError
 from pipelines.errors import DataError
 from ssa_megatron import __version__
 from ssa_megatron.errors import ConfigError, DataProblem, SSAError
@@ -52,10 +51,10 @@ def train(
     from ssa_megatron.config import load_recipe
 
     resolved = load_recipe(recipe, overrides or ())
-    from ssa_megatron.parallel import topology
     from ssa_megatron.parallel.context import world_size
+    from ssa_megatron.planning import hardware, search
 
-    topology.check(resolved, world_size())
+    search.check(resolved, world_size(), hardware.find("h100"))
     if int(os.environ.get("RANK", "0")) == 0:  # the imports below take seconds, and silence looks like a hang
         print(f"ssa {__version__}: recipe {resolved.name}, {world_size()} process(es); loading libraries", flush=True)
     from ssa_megatron.train.loop import train as run_training
@@ -63,6 +62,38 @@ def train(
 
     folder = run or Path("runs") / resolved.name
     raise typer.Exit(run_training(resolved, folder, profile_steps=parse_range(profile)))
+
+
+@app.command()
+def plan(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    world: Annotated[int, typer.Option(min=1, help="processes, one a GPU")] = 1,
+    gpu: Annotated[str, typer.Option(help="a row of the table of measured hardware figures")] = "h100",
+    memory_gib: Annotated[float | None, typer.Option(help="memory of one GPU, instead of the table's")] = None,
+    link_gbytes: Annotated[float | None, typer.Option(help="GB/s a GPU sends within a node, instead")] = None,
+    network_gbytes: Annotated[float | None, typer.Option(help="GB/s a GPU sends between nodes, instead")] = None,
+    document: Annotated[int | None, typer.Option(min=1, help="tokens of a document; one a row by default")] = None,
+    top: Annotated[int, typer.Option(min=0, help="how many of the best topologies to show")] = 5,
+    run: Annotated[Path | None, typer.Option("--run-folder", help="whose disk is asked; runs/NAME by default")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON object instead of the page")] = False,
+) -> None:
+    """Before any GPU is held: is it legal, does it fit, how fast will it be, and what would be better. Starts nothing."""
+    from ssa_megatron.config import load_recipe
+    from ssa_megatron.planning.command import plan as show_plan
+
+    show_plan(
+        load_recipe(recipe, overrides or ()),
+        world,
+        gpu=gpu,
+        memory_gib=memory_gib,
+        link_gbytes=link_gbytes,
+        network_gbytes=network_gbytes,
+        document=document,
+        top=top,
+        run=run,
+        as_json=as_json,
+    )
 
 
 @app.command("config")
@@ -231,11 +262,12 @@ def main() -> None:
         sys.exit(130)
     except DataError as error:
         _fail(DataProblem(error.problem, remedy=error.remedy))
-    except KernelArgumentError as error:
-        _fail(ConfigError(str(error), remedy="change the attention section of the recipe"))
     except SSAError as error:
         _fail(error)
     except Exception as error:
+        kernels = sys.modules.get("kernels.spec")  # it imports torch, which most verbs do without
+        if kernels is not None and isinstance(error, kernels.KernelArgumentError):
+            _fail(ConfigError(str(error), remedy="change the attention section of the recipe"))
         # usage errors of the argument parser know how to show themselves
         if hasattr(error, "show") and hasattr(error, "exit_code"):
             error.show()

@@ -21,8 +21,9 @@ from torch import Tensor
 
 from ssa_megatron.config import Recipe
 from ssa_megatron.model.attention import SSACoreAttention, SSASelfAttention
-from ssa_megatron.model.names import named_parameters, padded_vocab_size
+from ssa_megatron.model.names import named_parameters
 from ssa_megatron.model.norm import RMSNorm
+from ssa_megatron.model.shapes import padded_vocab_size
 from ssa_megatron.parallel.context import ParallelContext
 
 

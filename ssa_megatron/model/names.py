@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from ssa_megatron.config import Recipe
-from ssa_megatron.model.shapes import GATES, global_shapes
+from ssa_megatron.model.shapes import GATES, global_shapes, padded_vocab_size
 from ssa_megatron.parallel.context import ParallelContext
 
 
@@ -122,9 +122,3 @@ def _blocks(leaf: str, prefix: str, recipe: Recipe, rank: int, size: int) -> Ite
             yield columns(prefix + "mlp.down_proj.weight")
         case _:
             raise AssertionError(f"parameter {prefix + leaf!r} has no global name")
-
-
-def padded_vocab_size(recipe: Recipe) -> int:
-    """Rows the tensor-parallel ranks share evenly; the padding never leaves the process."""
-    size = recipe.parallel.tensor
-    return -(-recipe.model.vocab_size // size) * size

@@ -36,3 +36,9 @@ def global_shapes(recipe: Recipe) -> dict[str, tuple[int, ...]]:
 def parameter_count(recipe: Recipe) -> int:
     """Elements of all weights; a tied output layer counts once."""
     return sum(math.prod(shape) for shape in global_shapes(recipe).values())
+
+
+def padded_vocab_size(recipe: Recipe) -> int:
+    """Rows the tensor-parallel ranks share evenly; the padding never leaves the process."""
+    size = recipe.parallel.tensor
+    return -(-recipe.model.vocab_size // size) * size

@@ -12,7 +12,16 @@ from tests.ssa_megatron.support import TINY, tiny
 
 # ------------------------------------------------------------------------------------------------ packaged recipes
 def test_the_packaged_recipes_are_those_the_readme_names():
-    assert packaged_recipes() == ["demo", "full-1b", "moba-1b", "nsa-1b", "ssa-1b", "ssa-300m"]
+    assert packaged_recipes() == [
+        "demo",
+        "full-1b",
+        "moba-1b",
+        "nsa-1b",
+        "ssa-1b",
+        "ssa-300m",
+        "ssa-70b-128k",
+        "ssa-8b",
+    ]
 
 
 @pytest.mark.parametrize("name", packaged_recipes())

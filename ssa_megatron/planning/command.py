@@ -1,0 +1,57 @@
+"""`ssa plan`: refuse what is illegal, show what is legal, refuse what does not fit; no process group and no GPU.
+
+Exit code 2 (ConfigError) both for a topology that is not legal and for one that does not fit, with two that are and do.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+
+from ssa_megatron.config import Recipe
+from ssa_megatron.errors import ConfigError
+from ssa_megatron.planning import hardware, page, search
+
+GIB = 2**30
+
+
+def plan(
+    recipe: Recipe,
+    world: int,
+    *,
+    gpu: str = "h100",
+    memory_gib: float | None = None,
+    link_gbytes: float | None = None,
+    network_gbytes: float | None = None,
+    document: int | None = None,
+    top: int = 5,
+    run: Path | None = None,
+    as_json: bool = False,
+) -> None:
+    """Print the plan. document: tokens of a typical document in a row; None for rows that are one document each.
+
+    Raises ConfigError when the recipe is not legal for `world` processes, or needs more memory than a GPU has.
+    """
+    figures = hardware.find(gpu)
+    given = {
+        "memory": memory_gib and int(memory_gib * GIB),
+        "link": link_gbytes and link_gbytes * 1e9,
+        "network": network_gbytes and network_gbytes * 1e9,
+    }
+    figures = dataclasses.replace(figures, **{name: value for name, value in given.items() if value})
+    search.check(recipe, world, figures)
+    found = search.evaluate(recipe, world, figures, document=document)
+    fits = found.needed <= figures.memory
+    candidates = search.ranked(recipe, world, figures, document=document) if top or not fits else []
+    folder = run or Path("runs") / recipe.name
+    if as_json:
+        print(json.dumps(page.to_dict(found, candidates[:top], figures, folder)))
+    else:
+        print(page.render(found, candidates[:top], figures, folder))
+    if not fits:
+        others = search.alternatives(recipe, world, figures, candidates)
+        stage = found.fullest
+        raise ConfigError(
+            f"{recipe.name} does not fit: rank(s) of pipeline stage {stage.stage} need {found.needed / GIB:.1f} GiB, "
+            f"{(found.needed - figures.memory) / GIB:.1f} GiB more than the {figures.memory / GIB:.1f} GiB of one {gpu}",
+            remedy=", or ".join(others) or f"no topology of {world} process(es) fits: more GPUs, or shorter rows",
+        )

@@ -1,0 +1,66 @@
+"""The figures a time estimate stands on, each with where it comes from: measured here, or assumed until somebody measures.
+
+All rates are per GPU. `assumed` names the fields nobody measured on this code; the page says so beside every estimate.
+"""
+
+from dataclasses import dataclass
+
+from ssa_megatron.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """One kind of GPU in one kind of cluster."""
+
+    name: str
+    memory: int
+    """Bytes a process can use, as torch.cuda.mem_get_info says."""
+    outside: int
+    """Bytes in use outside the allocator: CUDA context, NCCL, compiled kernels."""
+    peak_flops: float
+    """bf16 without sparsity, the maker's figure; what MFU is a share of."""
+    matmul: float
+    """FLOP/s that linear layers of training shapes reach."""
+    bandwidth: float
+    """Bytes/s that element-wise kernels reach."""
+    dense: tuple[tuple[int, float], ...]
+    """(head width, FLOP/s) of causal attention, forward and backward."""
+    dense_documents: float
+    """The same with documents in a row, as a share of it."""
+    select: float
+    """Seconds per token, key/value head and selected key channel (block_size * block_count * head_dim), both passes."""
+    stream: float
+    """Seconds per token and query channel of the sparse stream, gate and loss, both passes."""
+    route: float
+    """Seconds per token, query head and token of context: routing."""
+    node: int = 8
+    """GPUs that share the fast links."""
+    link: float = 350e9
+    """Bytes/s a GPU sends within a node, in large collectives."""
+    network: float = 40e9
+    """Bytes/s a GPU sends between nodes."""
+    assumed: tuple[str, ...] = ("link", "network", "node")
+
+
+_H100 = Hardware(
+    name="h100",
+    memory=int(79.1 * 2**30),
+    outside=int(1.5 * 2**30),
+    peak_flops=989e12,
+    matmul=620e12,
+    bandwidth=2.4e12,
+    dense=((64, 410e12), (128, 545e12)),
+    dense_documents=0.64,
+    select=1.38e-12,
+    stream=4.0e-11,
+    route=5.3e-14,
+)
+
+TABLE = {gpu.name: gpu for gpu in (_H100,)}
+
+
+def find(name: str) -> Hardware:
+    """The table's entry. Raises ConfigError with the names there are."""
+    if name not in TABLE:
+        raise ConfigError(f"--gpu {name}: not in the table of hardware figures", remedy=f"one of {', '.join(TABLE)}")
+    return TABLE[name]
