@@ -150,7 +150,7 @@ def test_training_goes_on_after_a_load_as_if_nothing_had_happened(alone, tmp_pat
 def test_whole_tensors_are_read_by_global_name(written, trained):
     model, _, recipe = trained
     checkpoint = Checkpoint.open(written)
-    embedding = model.embedding.word_embeddings.weight
+    embedding = model.chunks[0].embedding.word_embeddings.weight
     assert torch.equal(checkpoint.tensor("model.embed_tokens.weight"), embedding)
     assert checkpoint.tensor("model.embed_tokens.weight").dtype == embedding.dtype
     assert checkpoint.tensor("model.embed_tokens.weight", "master").dtype == torch.float32

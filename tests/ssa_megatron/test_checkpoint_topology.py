@@ -32,7 +32,7 @@ def exchange(request, alone, tmp_path_factory):
     visit(root, "one", alone, results)
     larger = {PLACES[place][0] for place in _asked_for(request) if place in PLACES} - {1}
     for processes in (*sorted(larger), *sorted(larger)[:-1]):
-        run(processes, WORKER, str(root), timeout=400)
+        run(processes, WORKER, str(root), timeout=900)
     visit(root, "one", alone, results)
     for processes in larger:
         results |= json.loads((root / f"{processes}.json").read_text())

@@ -28,8 +28,13 @@ PLACES = {  # a place: processes, and what its recipe says; a new row is saved, 
     "dp2 ZeRO-2 offloaded": (2, {"zero__stage": 2, "zero__offload_optimizer": True, "train__recompute": "full"}),
     "dp2 ZeRO-3": (2, {"zero__stage": 3}),
     "tp2": (2, {"parallel__tensor": 2}),
+    "pp2": (2, {"parallel__pipeline": 2}),
+    "cp2 ZeRO-3": (2, {"parallel__context": 2, "zero__stage": 3}),
     "tp2 sequence ZeRO-3": (2, {**SEQUENCE, "zero__stage": 3}),
     "tp2xdp2": (4, {"parallel__tensor": 2}),
+    "tp2xpp2 sequence": (4, {**SEQUENCE, "parallel__pipeline": 2}),
+    "tp4 on two key/value heads": (4, {"parallel__tensor": 4}),
+    "cp2xpp2 interleaved": (4, {"parallel__context": 2, "parallel__pipeline": 2, "parallel__virtual_pipeline": 2}),
     "tp2xdp2 sequence ZeRO-2": (4, {**SEQUENCE, "zero__stage": 2}),
     "tp2xdp2 sequence ZeRO-3": (4, {**SEQUENCE, "zero__stage": 3, "train__recompute": "selective"}),
 }
@@ -42,7 +47,12 @@ LOADS = sorted(  # from one process to every place and back, and from every plac
 
 
 def recipe_of(precision: str, place: str):
-    overrides = {"train__sequence_length": 32, "train__global_batch_rows": 8, "optimizer__clip_grad_norm": 0.1}
+    overrides = {
+        "model__num_layers": 4,
+        "train__sequence_length": 32,
+        "train__global_batch_rows": 8,
+        "optimizer__clip_grad_norm": 0.1,
+    }
     return tiny(train__precision=precision, **overrides, **PLACES[place][1])
 
 
