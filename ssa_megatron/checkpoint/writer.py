@@ -8,7 +8,6 @@ backward, and `PendingCheckpoint.finish` comes before the next step.
 
 import contextlib
 import shutil
-import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
@@ -45,7 +44,7 @@ class PendingCheckpoint:
         tokenizer_fingerprint: str,
     ):
         """Begin `run/checkpoints/step-XXXXXXXX`; every rank calls. `state` is the run's own at this step."""
-        self.step, self.waited = step, 0.0
+        self.step = step
         self._recipe, self._context = recipe, context
         self._about = {"step": step, "state": state, "tokenizer_fingerprint": tokenizer_fingerprint}
         self._final = step_folder(run, step)
@@ -69,22 +68,7 @@ class PendingCheckpoint:
         threads.shutdown(wait=False)  # they end when their files are written
 
     def finish(self) -> str | None:
-        """Wait for this rank's files, then commit; every rank calls, every rank gets None, or a sentence that says what failed.
-
-        `waited` is then the seconds that this took: what the save cost the training thread.
-        """
-        began = time.monotonic()
-        problem = self._commit()
-        self.waited = time.monotonic() - began
-        return problem
-
-    def abandon(self) -> None:
-        """Wait for this rank's threads and commit nothing: the run is ending on an error. What is left, `prune` removes."""
-        for _, _, writing in self._files:
-            writing.cancel()
-        wait([writing for _, _, writing in self._files])
-
-    def _commit(self) -> str | None:
+        """Wait for this rank's files, then commit. Every rank calls and gets None, or a sentence that says what failed."""
         context = self._context
         if self._error:
             return f"not written: {self._error}"
@@ -92,7 +76,7 @@ class PendingCheckpoint:
         wait([writing for _, _, writing in self._files])
         try:
             share = [(name, writing.result(), pieces) for name, pieces, writing in self._files]
-        except OSError as problem:
+        except Exception as problem:  # told below, on all ranks: none of them may wait for the others
             error = f"rank {context.rank}: {problem}"
         shares = context.gather((error, share))
         error = next((e for e, _ in shares if e), None)
@@ -114,6 +98,12 @@ class PendingCheckpoint:
             except OSError as problem:  # a signpost for people: loaders look at the folders themselves
                 error = f"committed, but `{LATEST}` could not be pointed at it: {problem}"
         return context.agree(error)
+
+    def abandon(self) -> None:
+        """Wait for this rank's threads and commit nothing: the run is ending on an error. What is left, `prune` removes."""
+        for _, _, writing in self._files:
+            writing.cancel()
+        wait([writing for _, _, writing in self._files])
 
 
 def save_checkpoint(*args, **kwargs) -> str | None:

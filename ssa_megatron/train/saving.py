@@ -60,13 +60,14 @@ class Saver:
         pending, self._pending, self.waited = self._pending, None, 0.0
         if pending is None:
             return True
+        waiting = time.monotonic()
         problem = pending.finish()
-        self.waited = pending.waited
+        if self._context.is_writer and self._keep and not problem:
+            prune(self._run, self._recipe.checkpoint.keep, newest=pending.step)
+        self.waited = time.monotonic() - waiting
         if problem:
             self._console.say(f"CHECKPOINT of step {pending.step} {problem}; older checkpoints are intact")
             return problem.startswith("committed")
-        if self._context.is_writer and self._keep:
-            prune(self._run, self._recipe.checkpoint.keep, newest=pending.step)
         took = time.monotonic() - self._began
         self._console.say(
             f"  checkpoint step {pending.step} committed in {took:.2f} s; training waited {self.waited:.2f} s"

@@ -66,19 +66,18 @@ def measure(folder: Path, hidden: int, layers: int, vocabulary: int, length: int
 
     def step(number: int, saving: bool) -> tuple[float, float]:
         """(seconds of a step that a checkpoint precedes, seconds of it that were waiting for the checkpoint)."""
-        began = time.monotonic()
+        began, waited = time.monotonic(), 0.0
+
+        def finish() -> None:
+            nonlocal waited
+            waiting = time.monotonic()
+            assert pending is None or pending.finish() is None
+            waited = time.monotonic() - waiting
+
         pending = PendingCheckpoint(folder, optimizer, recipe, context, **about) if saving else None
-        train_step(
-            model,
-            optimizer,
-            own_rows(recipe, context, number),
-            recipe,
-            context,
-            step=number,
-            lr=1e-3,
-            before_update=pending.finish if saving else lambda: None,
-        )
-        return time.monotonic() - began, pending.waited if saving else 0.0
+        rows = own_rows(recipe, context, number)
+        train_step(model, optimizer, rows, recipe, context, step=number, lr=1e-3, before_update=finish)
+        return time.monotonic() - began, waited
 
     def seconds(action) -> float:
         began = time.monotonic()

@@ -43,7 +43,7 @@ class Run:
 def slow_disk(run: Run) -> dict:
     """The same state saved at once, and by slow threads while step 2 runs."""
     assert run.save(2, pending=False) is None
-    writing, said = [], []
+    writing, said, waited = [], [], []
     write = writer.write_safetensors
 
     def slowly(*args):
@@ -56,13 +56,15 @@ def slow_disk(run: Run) -> dict:
 
     def finish():
         writing.append(any(not future.done() for _, _, future in pending._files))
+        began = time.monotonic()
         said.append(pending.finish())
+        waited.append(time.monotonic() - began)
 
     result = run.step(2, finish)
     return {
         "said": said,
         "was still writing after backward": writing,
-        "waited": pending.waited,
+        "waited": waited[0],
         "applied": result["applied"],
         "digests": [Checkpoint.open(run.folder, step=step).digest(("weight", "master", "exp_avg")) for step in (2, 3)],
     }
