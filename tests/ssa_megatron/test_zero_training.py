@@ -21,7 +21,7 @@ def test_a_run_of_two_ranks_with_evaluations_is_the_same_under_every_stage(tmp_p
     found = {}
     for number, (stage, settings) in enumerate(STAGES.items()):
         folder = tmp_path / f"run-{number}"
-        output = run(2, "ssa_megatron", "train", str(recipe), *settings, "--run-folder", str(folder), timeout=150)
+        output = run(2, "ssa_megatron", "train", str(recipe), *settings, "--run-folder", str(folder), timeout=240)
         assert "28,576 parameters on this rank" in output, stage
         assert Checkpoint.open(folder).content.state["applied_steps"] == 4
         lines = read_metrics(folder / "metrics.jsonl")

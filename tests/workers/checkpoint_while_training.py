@@ -7,6 +7,7 @@ Writes FOLDER/found.json: per ZeRO stage, what each rank saw.
 import json
 import resource
 import sys
+import threading
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -41,13 +42,13 @@ class Run:
 
 
 def slow_disk(run: Run) -> dict:
-    """The same state saved at once, and by slow threads while step 2 runs."""
+    """The same state saved at once, and by threads that read it only when step 2 has run its backward."""
     assert run.save(2, pending=False) is None
-    writing, said, waited = [], [], []
+    writing, said, waited, backward_done = [], [], [], threading.Event()
     write = writer.write_safetensors
 
     def slowly(*args):
-        time.sleep(1.0)
+        assert backward_done.wait(300.0)
         return write(*args)
 
     writer.write_safetensors = slowly
@@ -55,7 +56,8 @@ def slow_disk(run: Run) -> dict:
     writer.write_safetensors = write
 
     def finish():
-        writing.append(any(not future.done() for _, _, future in pending._files))
+        writing.append(not any(future.done() for _, _, future in pending._files))
+        backward_done.set()
         began = time.monotonic()
         said.append(pending.finish())
         waited.append(time.monotonic() - began)

@@ -1,4 +1,4 @@
-"""Worker: the command line on a machine whose disk takes a minute for each file of one checkpoint.
+"""Worker: the command line on a machine whose disk takes ten minutes for each file of one checkpoint.
 
 usage: python -m tests.workers.slow_disk STEP ARGUMENTS...
 """
@@ -15,7 +15,7 @@ if __name__ == "__main__":
     def slowly(path, *args):
         if path.parent.name.endswith(f"step-{step:08d}"):
             path.write_bytes(b"half a file")
-            time.sleep(60)
+            time.sleep(600)
         return write(path, *args)
 
     writer.write_safetensors = slowly
