@@ -8,6 +8,7 @@ from ssa_megatron.checkpoint.reader import Checkpoint
 from tests.launch import run
 from tests.workers.checkpoint_exchange import LOADS, NAMES, PLACES, PRECISIONS, recipe_of, visit
 
+pytestmark = pytest.mark.timeout(1500)  # the first test waits for every launch
 KINDS = ("weight", "master", "exp_avg", "exp_avg_sq")
 TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2}
 WORKER = "tests.workers.checkpoint_exchange"
