@@ -22,8 +22,13 @@ _HOME = {
     "pipelines.packing": ("pack", "PackedRow", "doc_starts"),
     "pipelines.preparation": ("prepare",),
     "pipelines.verification": ("verify",),
-    "pipelines.dataset": ("DatasetInfo", "load_dataset_info", "check_compatible", "stats"),
+    "pipelines.dataset": ("DatasetInfo", "load_dataset_info", "check_compatible"),
+    "pipelines.statistics": ("stats",),
+    "pipelines.cache": ("Access",),
+    "pipelines.mixture": ("Phase",),
+    "pipelines.rows": ("open_sources",),
     "pipelines.stream": ("Rows", "TrainStream", "evaluation_rows"),
+    "pipelines.ledger": ("read_ledger",),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 __all__ = sorted(_MODULE_OF)

@@ -7,9 +7,11 @@ recipes whose tokenizer, vocabulary or row length differ from the data's.
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from pipelines import storage
+from pipelines.cache import Access, Cache, Wanted, read_remote
 from pipelines.errors import DatasetError, DatasetMismatch
 
 FORMAT = 2
@@ -53,9 +55,11 @@ class DatasetInfo:
     files: those beside the splits: the tokenizer, and records.json, [[file of text, number of records], ...].
     inputs: what the dataset was made from and how; equal inputs give equal bytes.
     fingerprint: sha256 over everything else here.
+    path: the folder; of a remote dataset the one in the cache its files are brought to. remote: its URL, or None.
     """
 
     path: Path
+    remote: str | None
     row_length: int
     vocab_size: int
     token_dtype: str
@@ -71,18 +75,28 @@ class DatasetInfo:
     inputs: dict
     fingerprint: str
 
+    @property
+    def location(self) -> str:
+        """Where the dataset is, for people."""
+        return self.remote or str(self.path)
+
+    @property
+    def tokenizer_path(self) -> Path:
+        """The tokenizer's model, on this machine."""
+        return self.path / self.tokenizer_file
+
     def split(self, name: str) -> SplitInfo:
         """The split `name`. Raises DatasetError naming the splits there are."""
         if name not in self.splits:
             remedy = "prepare with a validation_fraction above 0" if name == "validation" else "name one of these"
-            raise DatasetError(f"{self.path}: no split {name!r}, only {', '.join(self.splits)}", remedy=remedy)
+            raise DatasetError(f"{self.location}: no split {name!r}, only {', '.join(self.splits)}", remedy=remedy)
         return self.splits[name]
 
 
 def to_json(info: DatasetInfo) -> dict:
     """The contents of `dataset.json` as plain values."""
     record = {"format": FORMAT, **asdict(info)}
-    del record["path"]
+    del record["path"], record["remote"]
     return record
 
 
@@ -93,35 +107,50 @@ def with_fingerprint(record: dict) -> dict:
     return {**record, "fingerprint": hashlib.sha256(text.encode()).hexdigest()}
 
 
-def load_dataset_info(path: str | Path) -> DatasetInfo:
-    """Reads `path/dataset.json`.
+def load_dataset_info(location: str | Path, access: Access | None = None) -> DatasetInfo:
+    """Reads the `dataset.json` of a folder or a URL; of the latter, also brings the tokenizer and the list of records.
 
-    Raises DatasetError if the folder is no complete dataset, is of another format, or the file was altered.
+    Raises DatasetError if there is no complete dataset, it is of another format, or the file was altered; ShardError if
+    a remote one cannot be had.
     """
-    path = Path(path)
-    file = path / FILE_NAME
-    if not file.is_file():
-        raise DatasetError(
-            f"{path}: not a prepared dataset ({FILE_NAME} is missing)", remedy="prepare it first, or correct the path"
-        )
+    if not storage.is_remote(location):
+        path = Path(location)
+        file = path / FILE_NAME
+        if not file.is_file():
+            raise DatasetError(
+                f"{path}: not a prepared dataset ({FILE_NAME} is missing)",
+                remedy="prepare it first, or correct the path",
+            )
+        return _parse(file.read_bytes(), str(file), path, None)
+    access, remote = access or Access(), str(location).rstrip("/")
+    url = storage.join(remote, FILE_NAME)
+    found = _parse(read_remote(url, access), url, Path(), remote)
+    folder = access.root.expanduser() / found.fingerprint[:20]
+    cache = Cache(remote, folder, access)
+    for name, stored in found.files.items():
+        cache.fetch(Wanted(name, stored.bytes, stored.sha256))
+    return replace(found, path=folder)
+
+
+def _parse(data: bytes, shown: str, path: Path, remote: str | None) -> DatasetInfo:
     again = "restore the file, or prepare the dataset again"
     try:
-        record = json.loads(file.read_bytes())
+        record = json.loads(data)
         if record["format"] != FORMAT:
             raise DatasetError(
-                f"{file}: format {record['format']}, this program reads {FORMAT}", remedy="prepare the dataset again"
+                f"{shown}: format {record['format']}, this program reads {FORMAT}", remedy="prepare the dataset again"
             )
         if with_fingerprint(record)["fingerprint"] != record["fingerprint"]:
-            raise DatasetError(f"{file}: altered since it was written (its fingerprint does not match)", remedy=again)
+            raise DatasetError(f"{shown}: altered since it was written (its fingerprint does not match)", remedy=again)
         del record["format"]
         splits = {
             name: SplitInfo(**{**split, "files": {f: StoredFile(**v) for f, v in split["files"].items()}})
             for name, split in record.pop("splits").items()
         }
         files = {name: StoredFile(**file) for name, file in record.pop("files").items()}
-        return DatasetInfo(path=path, splits=splits, files=files, **record)
+        return DatasetInfo(path=path, remote=remote, splits=splits, files=files, **record)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DatasetError(f"{file}: damaged ({error})", remedy=again) from error
+        raise DatasetError(f"{shown}: damaged ({error})", remedy=again) from error
 
 
 def check_compatible(info: DatasetInfo, *, tokenizer_fingerprint: str, vocab_size: int, row_length: int) -> None:
@@ -135,40 +164,11 @@ def check_compatible(info: DatasetInfo, *, tokenizer_fingerprint: str, vocab_siz
         found = getattr(info, field)
         if found != wanted:
             raise DatasetMismatch(
-                f"{info.path}: {field} is {found} in the dataset, {wanted} in the recipe", remedy=remedy
+                f"{info.location}: {field} is {found} in the dataset, {wanted} in the recipe", remedy=remedy
             )
     if info.vocab_size > vocab_size:
         raise DatasetMismatch(
-            f"{info.path}: vocab_size is {info.vocab_size} in the dataset's tokenizer, only {vocab_size} in the recipe's model",
+            f"{info.location}: vocab_size is {info.vocab_size} in the dataset's tokenizer, "
+            f"only {vocab_size} in the recipe's model",
             remedy="raise model.vocab_size, or train a smaller tokenizer",
         )
-
-
-def stats(path: str | Path) -> dict:
-    """Figures for people, from `dataset.json` alone: rows, tokens, documents, bytes of each split, and their ratios."""
-    info = load_dataset_info(path)
-    report = {
-        "path": str(info.path),
-        "fingerprint": info.fingerprint,
-        "tokenizer_fingerprint": info.tokenizer_fingerprint,
-        "vocab_size": info.vocab_size,
-        "row_length": info.row_length,
-        "token_dtype": info.token_dtype,
-        "unigram_entropy": info.unigram_entropy,
-        "validation_unigram_cross_entropy": info.validation_unigram_cross_entropy,
-        "splits": {},
-    }
-    for name, split in info.splits.items():
-        report["splits"][name] = {
-            "rows": split.rows,
-            "tokens": split.tokens,
-            "padding": split.padding,
-            "documents": split.documents,
-            "text_bytes": split.text_bytes,
-            "shards": sum(not file.endswith(".json") for file in split.files),
-            "disk_bytes": sum(file.bytes for file in split.files.values()),
-            "bytes_per_token": split.text_bytes / split.tokens,
-            "tokens_per_document": split.tokens / split.documents,
-            "documents_per_row": split.documents / split.rows,
-        }
-    return report

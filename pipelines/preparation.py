@@ -216,7 +216,8 @@ def _check_splits(name: str, fates: NDArray, fraction: float) -> None:
 def _write(job: _Job, found: dict[str, _Scanned], scratch: Path) -> dict[str, dict]:
     _keep_only_work_on(scratch, job, found)
     model = scratch / job.tokenizer.file_name
-    model.write_bytes(job.tokenizer.model)
+    for name, data in job.tokenizer.files.items():
+        (scratch / name).write_bytes(data)
     parts = {name: list(_parts(job, name, source, scratch, str(model))) for name, source in found.items()}
     flat = [part for source in parts.values() for part in source]
     total, done = sum(part.text_bytes for part in flat), 0
@@ -329,14 +330,15 @@ def _finish(job: _Job, source: _Scanned, parts: list[Finished], folder: Path, ou
             "files": files,
         }
     for tally in tallies.values():
-        tally.frequencies[tokenizer.bos_id] -= tally.documents  # the bos in front: no model ever has to predict it
+        tally.frequencies[tokenizer.bos_id] -= tally.documents  # the mark in front: no model ever has to predict it
     train, validation = (tallies[split].frequencies for split in SPLITS)
     per_file = np.zeros(len(source.files), np.int64)
     for counted in source.counted:
         per_file[counted.stretch.file] += counted.records
     table = [[file.name, int(count)] for file, count in zip(source.files, per_file, strict=True)]
     (folder / RECORDS_NAME).write_text(json.dumps(table))
-    (folder / tokenizer.file_name).write_bytes(tokenizer.model)
+    for name, data in tokenizer.files.items():
+        (folder / name).write_bytes(data)
     record = with_fingerprint(
         {
             "format": FORMAT,
@@ -351,7 +353,7 @@ def _finish(job: _Job, source: _Scanned, parts: list[Finished], folder: Path, ou
             "validation_unigram_cross_entropy": _cross_entropy(validation, train + 1) if validation.any() else None,
             "duplicates": int((source.fates == scan.DUPLICATE).sum()),
             "splits": written,
-            "files": {name: _describe(folder / name) for name in (RECORDS_NAME, tokenizer.file_name)},
+            "files": {name: _describe(folder / name) for name in (RECORDS_NAME, *tokenizer.files)},
             "inputs": _inputs(job.settings, source),
         }
     )

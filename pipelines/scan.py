@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.documents import Format, records
+from pipelines.randomness import key64, mix64
 from pipelines.sources import InputFile
 
 TRAIN, VALIDATION, DUPLICATE = 0, 1, 2
@@ -101,8 +102,7 @@ def fates(hashes: NDArray, *, fraction: float, seed: int, deduplicate: bool) -> 
     """
     found = np.full(len(hashes), TRAIN, np.uint8)
     if fraction:
-        key = int.from_bytes(hashlib.blake2b(str(seed).encode(), digest_size=8).digest(), "little")
-        found[_mix(hashes["low"] ^ np.uint64(key)) < np.uint64(fraction * 2**64)] = VALIDATION
+        found[mix64(hashes["low"] ^ key64(seed)) < np.uint64(fraction * 2**64)] = VALIDATION
     if deduplicate and len(hashes):
         order = np.lexsort((hashes["low"], hashes["high"]))  # stable: equal hashes stay in the corpus's order
         again = order[1:][hashes[order[1:]] == hashes[order[:-1]]]
@@ -116,10 +116,3 @@ def digest(parts: Iterable[NDArray]) -> str:
     for hashes in parts:
         sha256.update(hashes.tobytes())
     return sha256.hexdigest()
-
-
-def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """The finaliser of SplitMix64: neighbouring inputs give unrelated outputs."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))

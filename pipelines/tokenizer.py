@@ -11,6 +11,7 @@ import io
 import os
 import random
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -23,13 +24,15 @@ from pipelines.sources import Sources
 _SPACE_MARK = "\u2581"  # SentencePiece's own mark for a space; in a document it must not turn into one
 _LONGEST_LINE = 4000  # bytes; SentencePiece drops training sentences over max_sentence_length in silence
 _SEGMENT = 1 << 16  # characters handed to SentencePiece at once: its memory grows with about 100 bytes a character
-_PROBE = " a  b\n\n\tc\x00\u00e9 \U0001f600<s>"
+PROBE = " a  b\n\n\tc\x00\u00e9 \U0001f600<s>"
+_ODD = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ufffd]|([^\u2581 \n])\1{7}")
 
 
 class Tokenizer:
     """A SentencePiece model held in memory. Build one with `Tokenizer.load` or `train_tokenizer`.
 
-    Attributes: `path`, `vocab_size`, `bos_id`, `eos_id`, `fingerprint` (sha256 of the model file, hexadecimal).
+    Attributes: `path`, `vocab_size`, `bos_id`, `eos_id`, `fingerprint` (sha256 of the model file, hexadecimal); `file_name`
+    and `files`: what to call the model, and all of its files by name, where it is to be loaded from again.
     """
 
     file_name = "tokenizer.model"
@@ -54,7 +57,7 @@ class Tokenizer:
                 remedy="train the model with bos_id and eos_id set",
             )
         encode = self._processor.encode
-        if self._processor.decode(encode(_PROBE)) != _PROBE:
+        if self._processor.decode(encode(PROBE)) != PROBE:
             raise TokenizerError(
                 f"{path}: does not give back the text it encodes (normalisation, or no byte fallback)",
                 remedy="train it with byte_fallback, identity normalization and remove_extra_whitespaces=False",
@@ -64,15 +67,35 @@ class Tokenizer:
         self._may_cut = encode("ab\ncd ef") == encode("ab\n") + encode("cd") + encode(" ef")
         self._space_mark_ids = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE_MARK.encode()]
 
-    @classmethod
-    def load(cls, path: str | Path) -> "Tokenizer":
-        """Reads a SentencePiece model file. Raises TokenizerError if it is missing, damaged or unsuitable."""
+    @staticmethod
+    def load(path: str | Path) -> "Tokenizer":
+        """Reads a SentencePiece model or a Hugging Face tokenizer.json (hf_tokenizer.py), by what is in it.
+
+        Raises TokenizerError if it is missing, damaged or unsuitable.
+        """
         try:
-            return cls(Path(path).read_bytes(), path)
+            model = Path(path).read_bytes()
         except OSError as error:
             raise TokenizerError(
                 f"{path}: cannot be read ({error.strerror})", remedy="name a tokenizer model file, or train one first"
             ) from error
+        if model.lstrip().startswith(b"{"):
+            from pipelines.hf_tokenizer import HuggingFaceTokenizer
+
+            return HuggingFaceTokenizer(model, path)
+        return Tokenizer(model, path)
+
+    @property
+    def files(self) -> dict[str, bytes]:
+        return {self.file_name: self.model}
+
+    def piece(self, token: int) -> str:
+        """A token's own text, as the vocabulary spells it."""
+        return self._processor.id_to_piece(token)
+
+    def is_byte(self, token: int) -> bool:
+        """Whether the token stands for one byte of a character that has no piece."""
+        return self._processor.is_byte(token)
 
     def encode(self, texts: Sequence[str], *, threads: int = 1) -> list[list[int]]:
         """Token ids of each text, without bos or eos. The ids do not depend on `threads`.
@@ -108,24 +131,41 @@ class Tokenizer:
                 f"a token id is outside 0..{self.vocab_size - 1}", remedy="decode with the tokenizer that encoded"
             ) from error
 
-    def inspect(self, sample: Sequence[str] = (_PROBE,)) -> dict:
-        """What the tokenizer is, and how it fares on `sample`: bytes a token, tokens a word, share of byte pieces."""
-        tokens = [token for ids in self.encode(list(sample)) for token in ids]
-        size = sum(len(text.encode()) for text in sample)
-        words = sum(len(text.split()) for text in sample)
+    def inspect(self, sample: Iterable[str] = (PROBE,)) -> dict:
+        """What the tokenizer is, and how it fares on the texts of `sample`.
+
+        "bytes_per_token", "tokens_per_word", "byte_piece_share"; "character_coverage": share of the sample's characters
+        that have pieces of their own and are not spelt in bytes; "odd_pieces": ones with control or replacement
+        characters, or that repeat one character eight times and more, the first 20.
+        """
+        texts = words = size = count = spelt = 0
+        characters: Counter[str] = Counter()
+        for text in sample:
+            (ids,) = self.encode([text])
+            texts, words, size = texts + 1, words + len(text.split()), size + len(text.encode())
+            count, spelt = count + len(ids), spelt + sum(map(self.is_byte, ids))
+            characters.update(text)
+        covered = sum(
+            times for character, times in characters.items() if not any(map(self.is_byte, self.encode([character])[0]))
+        )
+        pieces = [self.piece(token) for token in range(self.vocab_size)]
         return {
             "path": str(self.path),
+            "kind": type(self).__name__,
             "fingerprint": self.fingerprint,
             "vocab_size": self.vocab_size,
             "bos_id": self.bos_id,
             "eos_id": self.eos_id,
             "model_bytes": len(self.model),
+            "sample_texts": texts,
             "sample_bytes": size,
-            "sample_tokens": len(tokens),
-            "bytes_per_token": size / max(len(tokens), 1),
-            "tokens_per_word": len(tokens) / max(words, 1),
-            "byte_piece_share": sum(self._processor.is_byte(t) for t in tokens) / max(len(tokens), 1),
-            "longest_pieces": sorted(map(self._processor.id_to_piece, range(self.vocab_size)), key=len)[-5:],
+            "sample_tokens": count,
+            "bytes_per_token": size / max(count, 1),
+            "tokens_per_word": count / max(words, 1),
+            "byte_piece_share": spelt / max(count, 1),
+            "character_coverage": covered / max(characters.total(), 1),
+            "longest_pieces": sorted(pieces, key=len)[-5:],
+            "odd_pieces": [piece for piece in pieces if _ODD.search(piece)][:20],
         }
 
     def _segments(self, text: str) -> list[str]:

@@ -8,28 +8,45 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from pipelines.dataset import DatasetInfo, load_dataset_info
+from pipelines.cache import Access, Cache, Wanted
+from pipelines.checks import check_sha256, check_size
+from pipelines.dataset import DatasetInfo, StoredFile, load_dataset_info
 from pipelines.errors import ShardError
 from pipelines.packing import from_sample
-from pipelines.shards import check_index, check_sha256, check_size
+from pipelines.shards import check_index
 
 Progress = Callable[[str, int, int | None], None]
 
 
-def verify(path: str | Path, *, progress: Progress | None = None) -> dict:
-    """Checks the whole dataset at `path`; writes nothing.
+def verify(location: str | Path, *, patience: float = 120.0, progress: Progress | None = None) -> dict:
+    """Checks the whole dataset at `location`; writes nothing. A remote one is read shard by shard, and none is kept.
 
     progress: called with ("verifying", bytes checked, bytes in all) after each shard.
     Returns {"path", "fingerprint", "splits": {name: {"rows", "shards", "bytes"}}}.
     Raises DatasetError for a bad `dataset.json`, ShardError naming the first bad file otherwise.
     """
-    info = load_dataset_info(path)
-    for name, stored in info.files.items():
+    with tempfile.TemporaryDirectory() as folder:
+        access = Access(cache=folder, patience=patience)
+        return _verify(load_dataset_info(location, access), access, progress)
+
+
+def _verify(info: DatasetInfo, access: Access, progress: Progress | None) -> dict:
+    cache = Cache(info.remote, info.path, access) if info.remote else None
+
+    def at_hand(name: str, stored: StoredFile) -> Path:
+        if cache:
+            return cache.fetch(Wanted(name, stored.bytes, stored.sha256))
         check_size(info.path / name, stored.bytes)
         check_sha256(info.path / name, stored.sha256)
+        return info.path / name
+
+    for name, stored in info.files.items():
+        at_hand(name, stored)
     total = sum(file.bytes for split in info.splits.values() for file in split.files.values())
     done, report = 0, {}
     for name, split in info.splits.items():
+        if cache:
+            at_hand(f"{name}/index.json", split.files["index.json"])
         check_index(info, name)
         folder, rows, shards = info.path / name, 0, 0
         for shard in _shards(info, name):
@@ -37,11 +54,12 @@ def verify(path: str | Path, *, progress: Progress | None = None) -> dict:
             stored = split.files.get(stored_name)
             if stored is None:
                 raise ShardError(folder / stored_name, "in the index, but dataset.json does not know it")
-            check_size(folder / stored_name, stored.bytes)
-            check_sha256(folder / stored_name, stored.sha256)
+            path = at_hand(f"{name}/{stored_name}", stored)
             rows += _check_rows(info, folder, shard)
             shards += 1
             done += stored.bytes
+            if cache:
+                path.unlink()
             if progress:
                 progress("verifying", done, total)
         if rows != split.rows or shards != len(split.files) - 1:
@@ -49,7 +67,7 @@ def verify(path: str | Path, *, progress: Progress | None = None) -> dict:
                 folder, f"{shards} shards, {rows} rows; dataset.json: {len(split.files) - 1}, {split.rows}"
             )
         report[name] = {"rows": rows, "shards": shards, "bytes": sum(file.bytes for file in split.files.values())}
-    return {"path": str(info.path), "fingerprint": info.fingerprint, "splits": report}
+    return {"path": info.location, "fingerprint": info.fingerprint, "splits": report}
 
 
 def _shards(info: DatasetInfo, split: str) -> list:

@@ -4,6 +4,7 @@ Verbs parse, call one function each, and print; decisions live elsewhere. An err
 and ends the process with its own exit code; anything else keeps its traceback.
 """
 
+import itertools
 import json
 import os
 import re
@@ -171,17 +172,25 @@ def tokenizer_train(
 
 
 @tokenizer_app.command("inspect")
-def tokenizer_inspect(model: Annotated[Path, typer.Argument(help="SentencePiece model file")]) -> None:
-    """Print what a tokenizer is: size, special ids, bytes per token."""
+def tokenizer_inspect(
+    model: Annotated[Path, typer.Argument(help="SentencePiece model, or Hugging Face tokenizer.json")],
+    sample: Annotated[
+        list[str] | None, typer.Argument(help="text to try it on: files, folders, globs, s3:// or package:king-james")
+    ] = None,
+    text_field: Annotated[str, typer.Option(help="field of JSON lines or Parquet rows that holds the text")] = "text",
+    documents: Annotated[int, typer.Option(min=1, help="how many documents of the sample to read")] = 1000,
+) -> None:
+    """Print what a tokenizer is, and on a sample: bytes per token, coverage; and its odd pieces."""
     import pipelines
 
-    print(json.dumps(pipelines.Tokenizer.load(model).inspect(), indent=2, ensure_ascii=False))
+    texts = itertools.islice(pipelines.iter_documents(sample, text_field=text_field), documents) if sample else ()
+    print(json.dumps(pipelines.Tokenizer.load(model).inspect(texts), indent=2, ensure_ascii=False))
 
 
 @data_app.command("prepare")
 def data_prepare(
     sources: NamedSources,
-    tokenizer: Annotated[Path, typer.Option(help="tokenizer model file")],
+    tokenizer: Annotated[Path, typer.Option(help="SentencePiece model, or tokenizer.json")],
     out: Annotated[str, typer.Option(help="dataset folder to write, or s3://bucket/prefix")],
     row_length: Annotated[int, typer.Option(min=2, help="tokens in a row: train.sequence_length")],
     validation_fraction: Annotated[float, typer.Option(min=0.0, max=1.0)] = 0.005,
@@ -228,6 +237,18 @@ def data_verify(path: Annotated[Path, typer.Argument(help="dataset folder")]) ->
     import pipelines
 
     print(json.dumps(pipelines.verify(path, progress=reporter()), indent=2))
+
+
+@data_app.command("ledger")
+def data_ledger(
+    run: Annotated[Path, typer.Argument(help="run folder")],
+    step: Annotated[int, typer.Argument(min=1, help="step, numbered as in metrics.jsonl")],
+) -> None:
+    """Print which documents a step of a run saw: one JSON line a row, over all ranks, in order."""
+    from ssa_megatron.train.data import ledger_of_step
+
+    for row in ledger_of_step(run, step):
+        print(json.dumps(row))
 
 
 @data_app.command("stats")

@@ -74,7 +74,10 @@ class Checkpoint:
     @property
     def tokenizer_path(self) -> Path:
         """The run's own copy of its tokenizer."""
-        return self.folder.parent.parent / "tokenizer.model"
+        run = self.folder.parent.parent
+        return next(
+            (p for p in (run / "tokenizer.model", run / "tokenizer.json") if p.exists()), run / "tokenizer.model"
+        )
 
     def names(self) -> list[str]:
         return list(self.content.tensors)

@@ -132,14 +132,43 @@ class Zero(Section):
     """Megabytes of gradients reduced in one call."""
 
 
+class DataPhase(Section):
+    """Weights of the sources from a token count on, until the next phase."""
+
+    from_tokens: int = Field(0, ge=0)
+    """Tokens of the run; 0 for the first phase, e.g. 90 % of the run's tokens for an annealing phase."""
+    weights: dict[str, float]
+    """By source name; of any sum, 0 leaves a source out."""
+
+
 class Data(Section):
-    """The dataset folder written by `ssa data prepare`."""
+    """The datasets written by `ssa data prepare`: one in `path`, or several in `sources`, mixed by `phases`."""
 
     path: str | None = None
-    """Folder with dataset.json, train/ and validation/."""
+    """Folder or s3:// prefix with dataset.json, train/ and validation/."""
+    sources: dict[str, str] = {}
+    """Instead of `path`: several datasets by name, e.g. {web: data/web, code: s3://bucket/code}."""
+    phases: tuple[DataPhase, ...] = ()
+    """Weights of the sources; without any, each source in proportion to its rows."""
     read_ahead: int = Field(2, ge=0, le=64)
     """Micro-batches read in advance by a thread; 0 reads when asked."""
     shuffle: bool = True
+    shuffle_block: int = Field(1 << 18, ge=1)
+    """Rows mixed with each other; reading spans the shards that hold them, so a small cache wants fewer."""
+    cache: str | None = None
+    """Folder on a local disk for the shards of remote datasets; ~/.cache/ssa-megatron by default."""
+    cache_limit: int | None = Field(None, ge=1)
+    """Bytes of shards kept in the cache; none is no limit."""
+    patience: float = Field(120.0, gt=0)
+    """Seconds of trouble with one shard (connection, silence) after which it is an error."""
+    accept_changes: str | None = None
+    """The reason why a run goes on although data, weights, seed or shuffle differ from its checkpoint's; kept there."""
+
+    @model_validator(mode="after")
+    def _consistent(self):
+        if self.path is not None and self.sources:
+            raise ValueError("path and sources are both given; name one dataset, or several")
+        return self
 
 
 class Optimizer(Section):

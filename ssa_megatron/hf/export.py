@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from pipelines import DataError, Tokenizer
 from ssa_megatron.errors import CheckpointError, ConfigError, DataProblem
 from ssa_megatron.files import sync_folder
 from ssa_megatron.hf.card import model_card
@@ -186,10 +187,14 @@ def _write_tokenizer(checkpoint, config: SSAConfig, folder: Path) -> dict:
             f"the run's tokenizer {path} is missing", remedy="copy the tokenizer model it was trained with there"
         )
     fingerprint = checkpoint.manifest.get("tokenizer_fingerprint")
-    if fingerprint and _sha256(Path(path)) != fingerprint:
+    try:
+        found = Tokenizer.load(path).fingerprint
+    except DataError:
+        found = None  # damaged, so not the one
+    if fingerprint and found != fingerprint:
         raise DataProblem(
             f"{path} is not the tokenizer the run was trained with",
-            remedy=f"restore the one with sha256 {fingerprint[:12]}...",
+            remedy=f"restore the one with fingerprint {fingerprint[:12]}...",
         )
     marks = write_tokenizer(path, folder, max_length=config.max_position_embeddings)
     if marks["vocab_size"] > config.vocab_size:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import sentencepiece
 
+import pipelines
 from ssa_megatron.errors import DataProblem
 
 SPACE_MARK = "\u2581"
@@ -183,12 +184,20 @@ def write_tokenizer(model_path: str | Path, folder: Path, *, max_length: int) ->
     like the model.
     """
     path = Path(model_path)
+    if path.suffix == ".json":
+        return _write_hugging_face(path, folder, max_length)
     tokenizer = convert(path)
     pieces, trainer, _ = read_model(path)
     compared = check_parity(path, tokenizer)
     name = {key: pieces[trainer[f"{key}_id"]][0] for key in ("unk", "bos", "eos")}
     pad_id = trainer["pad_id"] if trainer["pad_id"] >= 0 else trainer["eos_id"]
     marks = {f"{key}_token": text for key, text in name.items()} | {"pad_token": pieces[pad_id][0]}
+    _write_files(tokenizer, marks, folder, max_length)
+    ids = {key: trainer[key] for key in ("bos_id", "eos_id")}
+    return {**ids, "pad_id": pad_id, "vocab_size": len(pieces), "texts_compared": compared}
+
+
+def _write_files(tokenizer, marks: dict[str, str], folder: Path, max_length: int) -> None:
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         **marks,
@@ -203,8 +212,25 @@ def write_tokenizer(model_path: str | Path, folder: Path, *, max_length: int) ->
     tokenizer.save(str(folder / "tokenizer.json"))
     for file, content in (("tokenizer_config.json", config), ("special_tokens_map.json", marks)):
         (folder / file).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    ids = {key: trainer[key] for key in ("bos_id", "eos_id")}
-    return {**ids, "pad_id": pad_id, "vocab_size": len(pieces), "texts_compared": compared}
+
+
+def _write_hugging_face(path: Path, folder: Path, max_length: int) -> dict:
+    """A run's own tokenizer.json, as it is but for the bos in front; compared on the probes."""
+    from tokenizers import Tokenizer, processors
+
+    own = pipelines.Tokenizer.load(path)
+    tokenizer = Tokenizer.from_file(str(path))
+    bos, eos = tokenizer.id_to_token(own.bos_id), tokenizer.id_to_token(own.eos_id)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, own.bos_id)]
+    )
+    tokenizer.encode_special_tokens = True
+    for text in PROBES:
+        if tokenizer.encode(text).ids != [own.bos_id, *own.encode([text])[0]]:
+            _refuse(path, f"the written tokenizer differs on {text[:80]!r}")
+    _write_files(tokenizer, {"bos_token": bos, "eos_token": eos, "pad_token": eos}, folder, max_length)
+    sizes = {"vocab_size": own.vocab_size, "texts_compared": len(PROBES)}
+    return {"bos_id": own.bos_id, "eos_id": own.eos_id, "pad_id": own.eos_id, **sizes}
 
 
 def check_parity(model_path: Path, tokenizer) -> int:

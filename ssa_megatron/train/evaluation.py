@@ -7,11 +7,11 @@ nothing that training depends on.
 import torch
 import torch.distributed as dist
 
-from pipelines import evaluation_rows
 from ssa_megatron.config import Recipe
 from ssa_megatron.model.batch import SSABatch
 from ssa_megatron.model.build import SSAModel
 from ssa_megatron.parallel.context import ParallelContext
+from ssa_megatron.train.data import evaluation_rows
 from ssa_megatron.train.step import forward_backward, reduce_losses
 
 
@@ -23,7 +23,7 @@ def evaluate(model: SSAModel, recipe: Recipe, context: ParallelContext) -> dict[
     """
     model.eval()
     trunks = {"loss_full": "full", "loss_sparse": "sparse"} if recipe.attention.kind == "ssa" else {"loss": "full"}
-    rows = context.together(lambda: list(_rows(recipe, context)))
+    rows = context.together(lambda: list(evaluation_rows(recipe, context)))
     results = {}
     for position, (name, trunk) in enumerate(trunks.items()):
         batches = [
@@ -49,20 +49,3 @@ def _statistics(batches: list[SSABatch], recipe: Recipe, context: ParallelContex
     total /= recipe.model.num_layers * len(batches) * context.shard_size * context.tensor_size
     dist.all_reduce(total)
     return total.tolist()
-
-
-def _rows(recipe: Recipe, context: ParallelContext):
-    per_rank = recipe.train.eval_rows // context.data_size
-    size = recipe.train.micro_batch_rows
-    if (
-        context.virtual_size > 1
-    ):  # the interleaved schedule wants a multiple of the stages; topology.py checked that 1 gives it
-        size = 1
-    return evaluation_rows(
-        recipe.data.path,
-        "validation",
-        rows=recipe.train.eval_rows,
-        micro_batch_rows=size if per_rank % size == 0 else 1,
-        data_parallel_rank=context.data_rank,
-        data_parallel_size=context.data_size,
-    )

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 
-import pipelines
 from ssa_megatron.checkpoint.reader import load_into, newest_valid
 from ssa_megatron.config import Recipe, digest
 from ssa_megatron.errors import EXIT_REQUEUE, CheckpointError, ConfigError, EnvironmentProblem, TrainingStopped
@@ -17,6 +16,7 @@ from ssa_megatron.model.build import build_model
 from ssa_megatron.parallel import context as parallel
 from ssa_megatron.parallel import cpu
 from ssa_megatron.train.console import Console
+from ssa_megatron.train.data import describe, open_data, open_stream
 from ssa_megatron.train.evaluation import evaluate
 from ssa_megatron.train.metrics import Metrics
 from ssa_megatron.train.profiler import StepProfiler
@@ -47,18 +47,7 @@ def train(recipe: Recipe, run: Path, *, profile_steps: range = range(0)) -> int:
 
     profile_steps: steps to record into RUN/profile/, numbered from 1.
     """
-    if recipe.data.path is None:
-        raise ConfigError("data.path is not given", remedy="data.path=FOLDER, a folder written by `ssa data prepare`")
-    info = pipelines.load_dataset_info(recipe.data.path)
-    tokenizer = pipelines.Tokenizer.load(Path(recipe.data.path) / "tokenizer.model")
-    pipelines.check_compatible(
-        info,
-        tokenizer_fingerprint=tokenizer.fingerprint,
-        vocab_size=recipe.model.vocab_size,
-        row_length=recipe.train.sequence_length,
-    )
-    if recipe.train.eval_interval:
-        _check_evaluation(recipe, info)
+    infos, tokenizer = open_data(recipe)
     context = parallel.initialize(recipe)
     stop = StopRequest().listen()
     if recipe.attention.backend == "triton" and context.device.type == "cpu":
@@ -75,7 +64,7 @@ def train(recipe: Recipe, run: Path, *, profile_steps: range = range(0)) -> int:
         if size > 1 or name == "data"
     )
     console.phase(f"{context.world} process(es) on {context.device.type}, {sizes}")
-    rows = context.together(lambda: _open_stream(recipe, context))
+    rows = context.together(lambda: open_stream(recipe, context.data_rank, context.data_size))
     folder = claim(run, recipe, context)
     if recipe.train.deterministic:
         torch.use_deterministic_algorithms(True)
@@ -85,9 +74,8 @@ def train(recipe: Recipe, run: Path, *, profile_steps: range = range(0)) -> int:
     optimizer = ShardedOptimizer(model, recipe, context)
     console.phase(f"model built: {recipe.attention.kind} attention, {count:,} parameters on this rank")
     progress = _restore(run, recipe, tokenizer.fingerprint, optimizer, rows, context, console)
-    context.on_writer(lambda: folder.record(recipe, tokenizer.path, optimizer.config, context))
-    train_split = info.split("train")
-    console.phase(f"data: {train_split.tokens:,} tokens in {train_split.rows:,} rows; starting at step {progress.step}")
+    context.on_writer(lambda: folder.record(recipe, tokenizer.files, optimizer.config, context))
+    console.phase(f"data: {describe(infos)}; starting at step {progress.step}")
 
     board = folder.tensorboard if recipe.logging.tensorboard else None
     metrics = context.together(
@@ -181,7 +169,7 @@ def _restore(run, recipe, fingerprint, optimizer, rows, context, console: Consol
             remedy="give the data the run was started with",
         )
     state = dict(content.state)
-    rows.load_state_dict(state.pop("data"))
+    rows.load_state_dict(state.pop("data"), accept_changes=recipe.data.accept_changes)
     progress = Progress(**state)
     if progress.skipped_in_a_row >= recipe.train.max_skipped_steps:
         raise TrainingStopped(
@@ -191,30 +179,3 @@ def _restore(run, recipe, fingerprint, optimizer, rows, context, console: Consol
     load_into(checkpoint, optimizer, applied_steps=progress.applied_steps)
     console.phase(f"restored {checkpoint.folder.name}")
     return progress
-
-
-def _check_evaluation(recipe: Recipe, info) -> None:
-    """An evaluation that cannot be done is refused before training, not at its first interval."""
-    split = info.splits.get("validation")
-    have = split.rows if split else 0
-    if have < recipe.train.eval_rows:
-        raise ConfigError(
-            f"train.eval_rows={recipe.train.eval_rows}, but the validation split of {recipe.data.path} has {have} rows",
-            remedy=f"train.eval_rows={have}"
-            if have
-            else "train.eval_interval=0, or prepare with a validation fraction",
-        )
-
-
-def _open_stream(recipe: Recipe, context: parallel.ParallelContext) -> pipelines.TrainStream:
-    return pipelines.TrainStream(
-        recipe.data.path,
-        "train",
-        micro_batch_rows=recipe.train.micro_batch_rows,
-        global_batch_rows=recipe.train.global_batch_rows,
-        data_parallel_rank=context.data_rank,
-        data_parallel_size=context.data_size,
-        seed=recipe.train.seed,
-        shuffle=recipe.data.shuffle,
-        read_ahead=recipe.data.read_ahead,
-    )

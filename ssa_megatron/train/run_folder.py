@@ -8,7 +8,6 @@ import fcntl
 import json
 import os
 import platform
-import shutil
 import socket
 import sys
 import time
@@ -31,7 +30,6 @@ class RunFolder:
         self.path = path
         self.metrics = path / "metrics.jsonl"
         self.tensorboard = path / "tensorboard"
-        self.tokenizer = path / "tokenizer.model"
         self._lock = None
 
     def lock(self) -> None:
@@ -58,17 +56,18 @@ class RunFolder:
         handle.flush()
         self._lock = handle
 
-    def record(self, recipe: Recipe, tokenizer: Path, ds_config: dict, context: ParallelContext) -> None:
-        """Write down what is about to run, once nothing can refuse it any more; the tokenizer when there is none yet."""
+    def record(self, recipe: Recipe, tokenizer: dict[str, bytes], ds_config: dict, context: ParallelContext) -> None:
+        """Write down what is about to run, once nothing can refuse it any more; the tokenizer's files when there are none."""
         for name, content in {
             "config.yaml": dump_recipe(recipe),
             "environment.json": json.dumps(_environment(context), indent=1),
             "ds_config.json": json.dumps(ds_config, indent=1),
         }.items():
             replace_durably(self.path / name, content)
-        if not self.tokenizer.exists():
-            shutil.copyfile(tokenizer, self.path / ".tmp-tokenizer")
-            (self.path / ".tmp-tokenizer").rename(self.tokenizer)
+        for name, data in tokenizer.items():
+            if not (self.path / name).exists():
+                (self.path / ".tmp-tokenizer").write_bytes(data)
+                (self.path / ".tmp-tokenizer").rename(self.path / name)
 
 
 def claim(path: Path, recipe: Recipe, context: ParallelContext) -> RunFolder:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines import storage
+from pipelines import cache, storage
 
 BUCKET = "bucket"
 
@@ -50,9 +50,14 @@ def credentials(url: str) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for name, value in access(url).items():
             patch.setenv(name, value)
-        storage.s3_client.cache_clear()
+        _forget_clients()
         yield
+    _forget_clients()
+
+
+def _forget_clients() -> None:
     storage.s3_client.cache_clear()
+    cache._downloader.cache_clear()
 
 
 def access(url: str) -> dict[str, str]:

@@ -153,3 +153,6 @@ def test_inspecting_tells_what_the_tokenizer_is_and_how_it_fares(tokenizer, docu
     assert report["sample_tokens"] == sum(map(len, tokenizer.encode(documents[:20])))
     assert 1 < report["bytes_per_token"] < 8
     assert 0 <= report["byte_piece_share"] < 0.2
+    assert tokenizer.inspect(["the end"])["character_coverage"] == 1.0
+    assert tokenizer.inspect(["the 中 end"])["character_coverage"] == pytest.approx(8 / 9)  # spelt in bytes
+    assert report["odd_pieces"] == []

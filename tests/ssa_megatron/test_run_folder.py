@@ -48,15 +48,13 @@ def owner(tmp_path):
 
 
 @pytest.fixture
-def tokenizer_file(tmp_path):
-    path = tmp_path / "source.model"
-    path.write_bytes(b"a tokenizer")
-    return path
+def tokenizer_files():
+    return {"tokenizer.model": b"a tokenizer"}
 
 
-def take(run, recipe, tokenizer_file, context) -> RunFolder:
+def take(run, recipe, tokenizer_files, context) -> RunFolder:
     folder = claim(run, recipe, context)
-    folder.record(recipe, tokenizer_file, deepspeed_config(recipe, 1), context)
+    folder.record(recipe, tokenizer_files, deepspeed_config(recipe, 1), context)
     return folder
 
 
@@ -74,42 +72,42 @@ def test_a_second_owner_is_refused_with_the_firsts_pid_until_that_is_killed(owne
     assert (tmp_path / "run" / "owner.lock").read_text().startswith(f"process {os.getpid()} on ")
 
 
-def test_a_refused_claim_changes_nothing_in_the_folder(owner, tmp_path, tokenizer_file, alone):
+def test_a_refused_claim_changes_nothing_in_the_folder(owner, tmp_path, tokenizer_files, alone):
     before = {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()}
     with pytest.raises(RunFolderError, match="in use"):
-        take(tmp_path / "run", tiny(), tokenizer_file, alone)
+        take(tmp_path / "run", tiny(), tokenizer_files, alone)
     assert {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()} == before
 
 
 # --------------------------------------------------------------------------------------------------------- contents
-def test_a_claimed_folder_holds_recipe_environment_deepspeed_config_and_tokenizer(tmp_path, tokenizer_file, alone):
+def test_a_claimed_folder_holds_recipe_environment_deepspeed_config_and_tokenizer(tmp_path, tokenizer_files, alone):
     run, recipe = tmp_path / "runs" / "new", tiny()
-    folder = take(run, recipe, tokenizer_file, alone)
+    folder = take(run, recipe, tokenizer_files, alone)
     names = ["config.yaml", "ds_config.json", "environment.json", "owner.lock", "tokenizer.model"]
     assert sorted(path.name for path in run.iterdir()) == names
     assert (run / "config.yaml").read_text() == dump_recipe(recipe)
     assert load_recipe(str(run / "config.yaml")) == read_recipe(run) == recipe
     assert json.loads((run / "ds_config.json").read_text()) == deepspeed_config(recipe, 1)
-    assert folder.tokenizer.read_bytes() == b"a tokenizer"
+    assert (folder.path / "tokenizer.model").read_bytes() == b"a tokenizer"
     environment_found = json.loads((run / "environment.json").read_text())
     assert environment_found["packages"]["torch"]
     assert environment_found["world"] == 1
 
 
-def test_the_same_recipe_may_continue_with_another_topology_and_keeps_its_tokenizer(tmp_path, tokenizer_file, alone):
-    take(tmp_path / "run", tiny(), tokenizer_file, alone)
-    tokenizer_file.write_bytes(b"another")
+def test_the_same_recipe_may_continue_with_another_topology_and_keeps_its_tokenizer(tmp_path, tokenizer_files, alone):
+    take(tmp_path / "run", tiny(), tokenizer_files, alone)
+    tokenizer_files["tokenizer.model"] = b"another"
     changed = tiny(train__recompute="full", checkpoint__interval=3, zero__reduce_bucket_mb=5)
-    take(tmp_path / "run", changed, tokenizer_file, alone)
+    take(tmp_path / "run", changed, tokenizer_files, alone)
     assert read_recipe(tmp_path / "run") == changed
     assert (tmp_path / "run" / "tokenizer.model").read_bytes() == b"a tokenizer"
 
 
-def test_another_recipe_is_refused_with_the_fields_that_differ(tmp_path, tokenizer_file, alone):
-    take(tmp_path / "run", tiny(), tokenizer_file, alone)
+def test_another_recipe_is_refused_with_the_fields_that_differ(tmp_path, tokenizer_files, alone):
+    take(tmp_path / "run", tiny(), tokenizer_files, alone)
     kept = (tmp_path / "run" / "config.yaml").read_text()
     with pytest.raises(RunFolderError) as refused:
-        take(tmp_path / "run", tiny(model__hidden_size=40, train__seed=9), tokenizer_file, alone)
+        take(tmp_path / "run", tiny(model__hidden_size=40, train__seed=9), tokenizer_files, alone)
     assert "model.hidden_size: 32 -> 40" in refused.value.problem
     assert "train.seed: 1234 -> 9" in refused.value.problem
     assert "vocab_size" not in refused.value.problem

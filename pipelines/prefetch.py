@@ -1,0 +1,58 @@
+"""Calls made by daemon threads, in order, whose results are waited for with a limit.
+
+What a thread hangs on (a dead file system, a server that answers nothing) can neither be stopped nor be allowed to keep
+the process alive; so the threads are daemons, and the one who waits gives up with an error instead.
+"""
+
+import queue
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any
+
+
+class DaemonPool:
+    """Like ThreadPoolExecutor, but nothing waits for its threads when the process ends."""
+
+    def __init__(self, threads: int, name: str):
+        self._calls: queue.SimpleQueue[tuple[Future, Callable, tuple] | None] = queue.SimpleQueue()
+        self._threads = [threading.Thread(target=self._run, name=f"{name}-{n}", daemon=True) for n in range(threads)]
+        for thread in self._threads:
+            thread.start()
+
+    def submit(self, function: Callable, *arguments: Any) -> Future:
+        """The future result of function(*arguments)."""
+        future: Future = Future()
+        self._calls.put((future, function, arguments))
+        return future
+
+    def close(self, seconds: float) -> None:
+        """Ends the threads, after the calls submitted so far; waits no longer than this."""
+        for _ in self._threads:
+            self._calls.put(None)
+        for thread in self._threads:
+            thread.join(seconds)
+
+    def _run(self) -> None:
+        while (call := self._calls.get()) is not None:
+            future, function, arguments = call
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(function(*arguments))
+                except BaseException as error:
+                    future.set_exception(error)
+            del call, future, arguments
+
+
+def within(seconds: float, function: Callable, *arguments: Any) -> Any:
+    """function(*arguments), or TimeoutError when it takes longer; what hangs goes on in a daemon thread."""
+    future: Future = Future()
+
+    def call() -> None:
+        try:
+            future.set_result(function(*arguments))
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=call, daemon=True).start()
+    return future.result(seconds)

@@ -1,0 +1,234 @@
+"""Data that breaks under way: an error that names the shard, in time, with every row before it delivered exactly once."""
+
+import errno
+import json
+import os
+import shutil
+import socket
+import threading
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from pipelines import Access, DatasetError, ShardError, storage
+from tests import launch
+from tests.pipelines.conftest import documents, prepared, s3, tokenizer  # noqa: F401 (fixtures)
+from tests.pipelines.object_store import BUCKET, credentials
+from tests.pipelines.support import equal, stream, take
+from tests.ssa_megatron.conftest import corpus, dataset  # noqa: F401 (fixtures)
+
+PATIENCE = 3  # seconds, where trouble is to last longer
+PATIENT = 60  # seconds, where the fault shows at once; a busy machine may be slow to make a connection
+LIMIT = 30  # seconds until every fault is an error
+
+
+@pytest.fixture
+def remote(s3, prepared):  # noqa: F811
+    return s3.put_folder(prepared, "data")
+
+
+def rows_until_error(url, tmp_path, **options) -> tuple[list, Exception, float]:
+    """The micro-batches before the error, the error, and the seconds from the last row to it."""
+    rows = stream(url, micro=1, batch=1, shuffle=False, access=Access(tmp_path / "cache", patience=PATIENT), **options)
+    found, last = [], time.monotonic()
+    try:
+        for _ in range(rows.rows_per_epoch):
+            found.append(next(rows))
+            last = time.monotonic()
+    except DatasetError as error:
+        return found, error, time.monotonic() - last
+    raise AssertionError("the whole epoch was read")
+
+
+def damaged(data: bytes, how: str) -> bytes:
+    return {"truncated": data[:-100], "flipped": data[:2000] + bytes([data[2000] ^ 4]) + data[2001:]}[how]
+
+
+SHARD = "train/shard.00001.00000.mds"
+FAULTS = {
+    "missing": "not there, or no access",
+    "truncated": "truncated",
+    "flipped": "contents changed",
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("read_ahead", [0, 2])
+def test_a_broken_remote_shard_is_named_after_every_row_before_it(s3, remote, prepared, tmp_path, fault, read_ahead):  # noqa: F811
+    if fault == "missing":
+        storage.s3_client().delete_object(Bucket=BUCKET, Key=f"data/{SHARD}")
+    else:
+        s3.put(f"data/{SHARD}", damaged(s3.get(f"data/{SHARD}"), fault))
+    found, error, seconds = rows_until_error(remote, tmp_path, read_ahead=read_ahead)
+    assert isinstance(error, ShardError)
+    assert error.shard == f"{remote}/{SHARD}"
+    assert FAULTS[fault] in str(error)
+    assert seconds < LIMIT
+    assert found
+    assert equal(found, take(stream(prepared, micro=1, batch=1, shuffle=False), len(found)))
+
+
+def test_a_store_that_vanishes_and_returns_in_time_costs_no_row(s3, remote, prepared, tmp_path):  # noqa: F811
+    rows = stream(remote, access=Access(tmp_path / "cache", patience=30), micro=1, batch=1, shuffle=False, read_ahead=0)
+    rows._fetchers.close(5)  # nothing ahead of need, so that the gap is felt
+    found = take(rows, 3)
+    calls = []
+    s3.stop()
+    back = threading.Timer(1.0, lambda: calls.append(restart(s3)))
+    back.start()
+    try:
+        found += take(rows, rows.rows_per_epoch - 3)
+    finally:
+        back.join()
+    assert calls
+    assert equal(found, take(stream(prepared, micro=1, batch=1, shuffle=False), len(found)))
+
+
+def restart(store) -> bool:
+    """The same server on the same port; moto keeps its objects in this process."""
+    from moto.server import ThreadedMotoServer
+
+    store.server = ThreadedMotoServer("127.0.0.1", store.port, verbose=False)
+    store.server.start()
+    return True
+
+
+def test_a_store_that_vanishes_for_good_is_an_error_that_names_the_shard(s3, remote, tmp_path):  # noqa: F811
+    rows = stream(
+        remote, access=Access(tmp_path / "cache", patience=PATIENT), micro=1, batch=1, shuffle=False, read_ahead=0
+    )
+    next(rows)
+    rows.rows.readers[0]._cache._access = Access(tmp_path / "cache", patience=PATIENCE)
+    s3.stop()
+    began = time.monotonic()
+    with pytest.raises(ShardError, match=rf"not to be had within {PATIENCE} s") as caught:
+        take(rows, rows.rows_per_epoch)
+    assert time.monotonic() - began < LIMIT
+    assert caught.value.shard.startswith(f"{remote}/train/shard.")
+
+
+@contextmanager
+def silent_server():
+    """Takes every connection and says nothing."""
+    with socket.create_server(("127.0.0.1", 0), backlog=64) as server:
+        yield f"http://127.0.0.1:{server.getsockname()[1]}"
+
+
+def test_a_server_that_says_nothing_is_an_error_and_not_a_hang(tmp_path):
+    with silent_server() as url, credentials(url):
+        began = time.monotonic()
+        with pytest.raises(ShardError, match=r"s3://bucket/data/dataset\.json: not to be had within 3 s"):
+            stream("s3://bucket/data", access=Access(tmp_path / "cache", patience=PATIENCE))
+        assert time.monotonic() - began < LIMIT
+
+
+def test_a_read_that_never_ends_is_an_error_and_not_a_hang(prepared, monkeypatch):  # noqa: F811
+    rows = stream(prepared, access=Access(patience=0.5))
+    rows._longest_wait = 1.0
+    take(rows, 5)
+    never = threading.Event()
+    monkeypatch.setattr(rows.rows, "read", lambda *_: never.wait(60))  # a dead file system
+    began = time.monotonic()
+    with pytest.raises(DatasetError, match=r"no row came for 1 s while reading shard .*\.mds"):
+        take(rows, 5)
+    assert time.monotonic() - began < 5
+    never.set()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
+def test_a_full_cache_disk_is_named_with_what_was_to_go_there(s3, remote, tmp_path):  # noqa: F811
+    small = tmp_path / "small"
+    small.mkdir()
+    if os.system(f"mount -t tmpfs -o size=300k tmpfs {small}") != 0:
+        pytest.skip("this machine does not let anybody mount")
+    try:
+        rows = stream(remote, access=Access(small, patience=PATIENT), micro=1, batch=1, shuffle=False, read_ahead=0)
+        with open(small / "foreign", "wb") as foreign:
+            os.posix_fallocate(foreign.fileno(), 0, 250_000)
+        with pytest.raises(DatasetError) as caught:
+            take(rows, rows.rows_per_epoch)
+        assert f"cannot be written ({os.strerror(errno.ENOSPC)})" in str(caught.value)
+        assert "data.cache" in str(caught.value)
+        assert (small / "foreign").stat().st_size == 250_000  # another's file is not ours to remove
+    finally:
+        os.system(f"umount -l {small}")
+
+
+def test_training_ends_with_the_data_exit_code_and_the_shards_name(s3, dataset, tmp_path):  # noqa: F811
+    """Through the command line, each fault in a process of its own."""
+    from ssa_megatron.config import dump_recipe
+    from tests.ssa_megatron.support import tiny
+
+    recipe = tmp_path / "tiny.yaml"
+    recipe.write_text(dump_recipe(tiny(model__vocab_size=704, logging__tensorboard=False)))
+    shard = max((dataset / "train").glob("*.mds"), key=lambda path: path.stat().st_size).name
+    urls = {fault: s3.put_folder(dataset, fault) for fault in ("sound", *FAULTS)}
+    for fault in FAULTS:
+        key = f"{fault}/train/{shard}"
+        if fault == "missing":
+            storage.s3_client().delete_object(Bucket=BUCKET, Key=key)
+        else:
+            s3.put(key, damaged(s3.get(key), fault))
+    with silent_server() as silent, socket.create_server(("127.0.0.1", 0)) as closed:
+        gone = f"http://127.0.0.1:{closed.getsockname()[1]}"
+        closed.close()
+
+        def train(name: str, url: str, *environment: str, patience: int = PATIENT) -> list[str]:
+            data = [f"data.path={url}", f"data.cache={tmp_path / name}", f"data.patience={patience}"]
+            return [
+                *environment,
+                "train",
+                str(recipe),
+                *data,
+                "train.steps=60",
+                "--run-folder",
+                str(tmp_path / f"run-{name}"),
+            ]
+
+        cases = {name: train(name, url) for name, url in urls.items()}
+        cases["silent"] = train("silent", urls["sound"], f"S3_ENDPOINT_URL={silent}", patience=PATIENCE)
+        cases["gone"] = train("gone", urls["sound"], f"S3_ENDPOINT_URL={gone}", patience=PATIENCE)
+        (tmp_path / "cases.json").write_text(json.dumps(list(cases.values())))
+        launch.run(
+            1, "tests.workers.command_lines", str(tmp_path / "cases.json"), str(tmp_path / "out.json"), timeout=280
+        )
+    results = dict(zip(cases, json.loads((tmp_path / "out.json").read_text()), strict=True))
+    assert results.pop("sound")["code"] == 0
+    for name, result in results.items():
+        assert result["code"] == 3, (name, result["output"][-2000:])
+        assert result["seconds"] < LIMIT, name
+        expected = f"{urls[name]}/train/{shard}" if name in FAULTS else f"{urls['sound']}/dataset.json"
+        assert f"error: shard {expected}: " in result["output"], (name, result["output"][-2000:])
+        assert "Traceback" not in result["output"], name
+
+
+def test_shared_memory_and_files_of_a_neighbour_are_not_touched(s3, remote, tmp_path, prepared):  # noqa: F811
+    """What mosaicml-streaming leaves in /dev/shm after a kill blocks its next job; here it is neither used nor removed."""
+    stale = [f"/dev/shm/00000{n}_locals" for n in range(2)]
+    made = [path for path in stale if not os.path.exists(path)]
+    try:
+        for path in made:
+            with open(path, "wb") as file:
+                file.write(b"stale")
+        neighbour = stream(remote, access=Access(tmp_path / "cache", patience=PATIENT))
+        rows = stream(remote, access=Access(tmp_path / "cache", patience=PATIENT))
+        for _ in range(50):  # two jobs on one node, one cache
+            assert equal([next(rows)], [next(neighbour)])
+        assert all(os.path.exists(path) for path in made)
+    finally:
+        for path in made:
+            os.unlink(path)
+    maps = Path("/proc/self/maps").read_text()
+    assert not [path for path in stale if path in maps]
+
+
+def test_a_local_dataset_removed_while_it_is_read_is_an_error(prepared, tmp_path):  # noqa: F811
+    data = shutil.copytree(prepared, tmp_path / "data")
+    rows = stream(data, micro=1, batch=1)
+    found = take(rows, 5)
+    shutil.rmtree(data / "train")
+    with pytest.raises(ShardError, match="cannot be read"):
+        take(rows, rows.rows_per_epoch)
+    assert equal(found, take(stream(prepared, micro=1, batch=1), 5))
