@@ -10,7 +10,15 @@ import itertools
 import torch
 import triton
 
-from . import triton_dense, triton_dense_backward, triton_gate, triton_routing, triton_sparse
+from . import (
+    triton_dense,
+    triton_dense_backward,
+    triton_dual,
+    triton_dual_backward,
+    triton_gate,
+    triton_routing,
+    triton_sparse,
+)
 from .spec import BlockSpec
 from .triton_config import choose
 
@@ -42,7 +50,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shape", choices=SHAPES, nargs="+", default=["A8k4"])
     parser.add_argument(
-        "--kernel", nargs="+", default=["select", "stat", "forward", "dq", "dkv", "gate", "index", "dense"]
+        "--kernel", nargs="+", default=["select", "stat", "forward", "dq", "dkv", "gate", "index", "dense", "dual"]
     )
     arguments = parser.parse_args()
     for shape in arguments.shape:
@@ -104,6 +112,8 @@ def tune(shape: str, wanted: list[str]) -> None:
         sweep("gate both ways", base, {"gate_rows": (16, 32, 64, 128)}, both_gates)
     if "dense" in wanted:
         tune_dense(q, k, v, do, scale, base)
+    if "dual" in wanted:
+        tune_dual(q, k, v, do, blocks, scale, base)
 
 
 def tune_dense(q, k, v, do, scale: float, base) -> None:
@@ -129,6 +139,20 @@ def tune_dense(q, k, v, do, scale: float, base) -> None:
         sweep("dense forward" + name, base, {"dense_forward": tiles}, forward)
         sweep("dense dq" + name, base, {"dense_dq": tiles}, queries)
         sweep("dense dkv" + name, base, {"dense_dkv": tiles}, keys)
+
+
+def tune_dual(q, k, v, do, blocks, scale: float, base) -> None:
+    n = q.shape[1]
+    tiles = [(64, 64, 4, 2), (64, 64, 4, 3), (64, 128, 4, 2), (128, 64, 8, 2), (128, 64, 8, 3)]
+    bits = triton_dual.selection_bits(blocks, n, 16, None)
+    full, lse_full, sparse, lse = triton_dual.forward(q, k, v, *bits, 16, scale, None, base)
+    deltas = [triton_gate.row_delta(x, do, base.gate_rows) for x in (full, sparse)]
+    given = blocks, 16, scale, None, do, do, lse_full, lse, *deltas
+    sweep(
+        "dual forward", base, {"dual_forward": tiles},
+        lambda c: triton_dual.forward(q, k, v, *bits, 16, scale, None, c),
+    )  # fmt: skip
+    sweep("dual dq", base, {"dual_dq": tiles}, lambda c: triton_dual_backward.backward_q(q, k, v, *given, c))
 
 
 if __name__ == "__main__":
