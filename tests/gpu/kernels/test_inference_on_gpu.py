@@ -36,7 +36,15 @@ def held(case, dtype, paged, page=32):
     lengths, h_q, h_kv, dim, size, count, tokens = case
     data = sequences([n + tokens for n in lengths], h_q, h_kv, dim, dtype=dtype, device="cuda")
     cache = make_cache(
-        paged, len(lengths), max(lengths) + 20, h_kv, dim, block_size=size, dtype=dtype, device="cuda", page=page
+        paged,
+        len(lengths),
+        max(lengths) + max(20, tokens),
+        h_kv,
+        dim,
+        block_size=size,
+        dtype=dtype,
+        device="cuda",
+        page=page,
     )
     fill(cache, data, lengths)
     return data, cache, BlockSpec(size, count)
