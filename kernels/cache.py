@@ -74,8 +74,9 @@ class _Cache:
         counts = [tokens] * self.batch if isinstance(tokens, int) else tokens
         grown = [n if n < 0 else n + c for n, c in zip(self.host_lengths, counts, strict=True)]
         for b, n in enumerate(grown):
-            need(n <= self.room(b), "k.shape[1]", f"{counts[b]} more tokens for sequence {b} of "
-                 f"{self.host_lengths[b]}", f"room in the cache: it holds at most {self.room(b)}")  # fmt: skip
+            if n > self.room(b):
+                got = f"{counts[b]} more tokens for sequence {b} of {self.host_lengths[b]}"
+                need(False, "k.shape[1]", got, f"room in the cache: it holds at most {self.room(b)}")
         self.host_lengths = grown
 
     def append(self, k: Tensor, v: Tensor, counts: list[int] | None = None, backend: str = "auto") -> None:

@@ -87,6 +87,8 @@ def _decode(q, cache, spec: BlockSpec | None, scale: float) -> tuple[Tensor, Ten
     from . import triton_backend, triton_decode, triton_split
 
     triton_backend.refuse(q)
+    rows = q.shape[0] * q.shape[1]
+    checks.need(rows < 65536, "q.shape", f"{rows} tokens (B * T)", "at most 65535 in one step")
     if spec is None:
         return triton_split.attend_by_splits(q, cache, scale), None
     if spec.topk == "exact" and spec.block_count <= triton_decode.MOST_BLOCKS:
