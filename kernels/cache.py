@@ -132,8 +132,12 @@ class _Cache:
             mean = whole.to(torch.promote_types(self.dtype, torch.float32)).mean(1)
             self.pooled[self.block_rows(b, first, last)] = split_halves(mean, self.dtype)
 
+    def _upload(self, target: Tensor, values: list[int]) -> None:
+        """From pinned memory, which does not make the host wait for the GPU."""
+        target.copy_(torch.tensor(values, dtype=torch.int32, pin_memory=target.is_cuda), non_blocking=True)
+
     def _publish_lengths(self) -> None:
-        self.lengths.copy_(torch.tensor(self.host_lengths, dtype=torch.int32))
+        self._upload(self.lengths, self.host_lengths)
 
     def crop(self, lengths: list[int]) -> None:
         """Forget what lies beyond `lengths` (one per sequence, none longer than it is)."""
@@ -274,8 +278,7 @@ class PagedKVCache(_Cache):
         right = isinstance(length, int) and (0 <= length <= most or (length == -1 and not pages))
         need(right, "length", length, f"0 to {most}, what {len(pages)} pages hold (-1 without pages: idle)")
         self.assigned[sequence] = list(pages)
-        row = torch.tensor(pages + [-1] * (limit - len(pages)), dtype=torch.int32)
-        self.page_table[sequence].copy_(row)
+        self._upload(self.page_table[sequence], pages + [-1] * (limit - len(pages)))
         self.host_lengths[sequence] = length
         self._publish_lengths()
 

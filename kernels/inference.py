@@ -102,19 +102,21 @@ def _prefill(q, cache, spec: BlockSpec | None, scale: float, backend: str) -> Te
     tokens = q.shape[1]
     capturing = q.is_cuda and torch.cuda.is_current_stream_capturing()
     checks.need(not capturing, "q.shape[1]", f"{tokens} while a CUDA graph is captured", f"at most {STEP}")
-    out = torch.zeros_like(q)
+    results = []
     for b, length in enumerate(cache.host_lengths):
-        new = min(tokens, length)
-        if new < 1:
-            continue
-        k, v = cache.sequence(b)
+        new = min(tokens, max(0, length))
         rows = q[b : b + 1, tokens - new :]
-        index = None
-        if new < length:
-            index = torch.arange(length - new, length, dtype=torch.int32, device=q.device)
-        options = {"scale": scale, "query_index": index, "backend": backend}
-        if spec is None:
-            out[b, tokens - new :] = api.full_attention(rows, k, v, **options)[0]
-        else:
-            out[b, tokens - new :] = api.sparse_attention(rows, k, v, spec, **options)[0]
-    return out
+        if new:
+            k, v = cache.sequence(b)
+            index = None
+            if new < length:
+                index = torch.arange(length - new, length, dtype=torch.int32, device=q.device)
+            options = {"scale": scale, "query_index": index, "backend": backend}
+            if spec is None:
+                rows = api.full_attention(rows, k, v, **options)
+            else:
+                rows = api.sparse_attention(rows, k, v, spec, **options)
+        if new < tokens:  # padding
+            rows = torch.cat((q.new_zeros(1, tokens - new, *q.shape[2:]), rows), 1)
+        results.append(rows)
+    return results[0] if len(results) == 1 else torch.cat(results)

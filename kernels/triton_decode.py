@@ -25,9 +25,9 @@ class Tiles(NamedTuple):
 
     pooled: int = 128  # pooled keys of a step
     keys: int = 128  # keys of a step
-    whole: tuple[int, int] = (8, 2)  # warps, stages
+    whole: tuple[int, int] = (4, 2)  # warps, stages
     score: tuple[int, int] = (4, 3)
-    choose: int = 4  # warps
+    choose: int = 1  # warps
     finish: tuple[int, int] = (4, 2)
 
 
@@ -85,32 +85,44 @@ def _score_span(
 
 
 @triton.jit
-def _best_of_span(
+def _group_scores(
     score_ptr, lse, first_head, begin, own, slots,
-    GROUP: tl.constexpr, GROUP_R: tl.constexpr, SPAN: tl.constexpr, KEEP: tl.constexpr,
+    GROUP: tl.constexpr, GROUP_R: tl.constexpr, SPAN: tl.constexpr,
 ):  # fmt: skip
-    """The KEEP best candidates (blocks before `own`) from `begin`, as sorted 64-bit keys [KEEP]; -1 for none."""
+    """The group's scores of SPAN blocks as int32 [SPAN], whose order is the scores' own; -1 for what is no candidate."""
     head, j = tl.arange(0, GROUP_R), begin + tl.arange(0, SPAN)
     at = (first_head + head)[:, None] * slots + j[None, :]
     score = tl.load(score_ptr + at, mask=(head < GROUP)[:, None] & (j < own)[None, :], other=-float("inf"))
-    group_score = tl.sum(tl.exp2(score - lse[:, None]), 0)
-    # Scores are not negative, so their bits order as integers; the low word breaks ties towards the lower block.
-    key = (group_score.to(tl.int32, bitcast=True).to(tl.int64) << 32) | (2147483647 - j).to(tl.int64)
-    key = tl.where(j < own, key, -1)
-    return tl.reshape(tl.topk(tl.reshape(key, [1, SPAN]), KEEP), [KEEP])
+    total = tl.sum(tl.exp2(score - lse[:, None]), 0)
+    return tl.where(j < own, total.to(tl.int32, bitcast=True), -1)
 
 
 @triton.jit
-def _write_blocks(blocks_ptr, key, own, scored, COUNT: tl.constexpr, KEEP: tl.constexpr):
-    """The selection of one query and KV head: own block, the others in ascending order, then -1."""
-    rank = tl.arange(0, KEEP)
-    none: tl.constexpr = 2147483647
-    block = 2147483647 - (key & 2147483647).to(tl.int32)
-    block = tl.where((key >= 0) & (rank < COUNT - 1), block, none)
-    if not scored:  # every earlier block fits
-        block = tl.where(rank < own, rank, none)
-    block = tl.reshape(tl.sort(tl.reshape(block, [1, KEEP])), [KEEP])
-    tl.store(blocks_ptr + 1 + rank, tl.where(block == none, -1, block), mask=rank < COUNT - 1)
+def _take(bits, K: tl.constexpr):
+    """Which are the K largest (all, if fewer than K are not negative), ties to the first; their ranks by position.
+
+    The K-th largest is found a bit at a time: 31 counts cost a fifth of the instructions of a sort.
+    """
+    least = 0
+    for i in range(31):
+        higher = least | (1 << (30 - i))
+        least = tl.where(tl.sum((bits >= higher).to(tl.int32), 0) >= K, higher, least)
+    above = bits > least
+    tied = bits == least
+    spare = K - tl.sum(above.to(tl.int32), 0)
+    chosen = above | (tied & (tl.cumsum(tied.to(tl.int32), 0) <= spare))
+    return chosen, tl.cumsum(chosen.to(tl.int32), 0) - 1
+
+
+@triton.jit
+def _write_blocks(blocks_ptr, bits, block, own, scored, COUNT: tl.constexpr, COUNT_P: tl.constexpr):
+    """The selection of one query and KV head from its candidates in ascending order: own block, the chosen, then -1."""
+    if scored:
+        chosen, rank = _take(bits, COUNT - 1)
+        tl.store(blocks_ptr + 1 + rank, block, mask=chosen)
+    else:  # every earlier block fits
+        column = tl.arange(0, COUNT_P)
+        tl.store(blocks_ptr + 1 + column, tl.where(column < own, column, -1), mask=column < COUNT - 1)
     tl.store(blocks_ptr, own)
     tl.debug_barrier()  # the whole program reads them next
 
@@ -187,9 +199,9 @@ def _score(
 def _choose(
     score_ptr, lse_ptr, length_ptr, best_ptr, tokens, slots,
     H: tl.constexpr, GROUP: tl.constexpr, GROUP_R: tl.constexpr, SIZE: tl.constexpr, COUNT: tl.constexpr,
-    SPAN: tl.constexpr, SPANS_P: tl.constexpr, KEEP: tl.constexpr,
+    COUNT_P: tl.constexpr, SPAN: tl.constexpr, SPANS_P: tl.constexpr,
 ):  # fmt: skip
-    """The best candidates of one span, int64 [rows, Hkv, spans, KEEP]."""
+    """The best candidates of one span, ascending: int64 (score, block) [rows, Hkv, spans, COUNT - 1], -1 for none."""
     h, span, spans = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     z, _, t = query_place(length_ptr, tokens)
     own, begin = t // SIZE, span * SPAN
@@ -202,8 +214,13 @@ def _choose(
         top = tl.where(top == -float("inf"), 0.0, top)  # the heads that pad the group
         lse = top + tl.log2(tl.sum(tl.exp2(parts - top[:, None]), 1))
         lse = tl.where(tl.arange(0, GROUP_R) < GROUP, lse, 0.0)
-        key = _best_of_span(score_ptr, lse, first_head, begin, own, slots, GROUP, GROUP_R, SPAN, KEEP)
-        tl.store(best_ptr + ((z * H + h) * spans + span) * KEEP + tl.arange(0, KEEP), key)
+        bits = _group_scores(score_ptr, lse, first_head, begin, own, slots, GROUP, GROUP_R, SPAN)
+        chosen, rank = _take(bits, COUNT - 1)
+        key = (bits.to(tl.int64) << 32) | (begin + tl.arange(0, SPAN)).to(tl.int64)
+        best_ptr += ((z * H + h) * spans + span) * (COUNT - 1)
+        tl.store(best_ptr + rank, key, mask=chosen)
+        column = tl.arange(0, COUNT_P)
+        tl.store(best_ptr + column, -1, mask=(column >= tl.sum(chosen.to(tl.int32), 0)) & (column < COUNT - 1))
 
 
 @triton.jit
@@ -211,8 +228,8 @@ def _finish(
     q_ptr, key_ptr, value_ptr, length_ptr, table_ptr, best_ptr, blocks_ptr, out_ptr,
     tokens, capacity, spans, width, scale_log2,
     H: tl.constexpr, GROUP: tl.constexpr, GROUP_P: tl.constexpr, DIM: tl.constexpr, D: tl.constexpr,
-    SIZE: tl.constexpr, COUNT: tl.constexpr, PAGE: tl.constexpr, SPAN: tl.constexpr, SPANS_P: tl.constexpr,
-    KEEP: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr,
+    SIZE: tl.constexpr, COUNT: tl.constexpr, COUNT_P: tl.constexpr, PAGE: tl.constexpr, SPAN: tl.constexpr,
+    BEST_P: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Merge the spans' best into the selection, and attend to it."""
     h = tl.program_id(0)
@@ -221,12 +238,13 @@ def _finish(
     q = load_queries(q_ptr, first_head, GROUP, GROUP_P, DIM, D)
     own = tl.where(t >= 0, t // SIZE, -1)
     scored = (own >= COUNT) & (COUNT > 1)
-    i = tl.arange(0, SPANS_P * KEEP)
-    known = (i // KEEP < spans) & (i // KEEP * SPAN < own) & scored
-    key = tl.load(best_ptr + (z * H + h) * spans * KEEP + i, mask=known, other=-1)
-    key = tl.reshape(tl.topk(tl.reshape(key, [1, SPANS_P * KEEP]), KEEP), [KEEP])
+    i = tl.arange(0, BEST_P)
+    span = i // (COUNT - 1)
+    known = (span < spans) & (span * SPAN < own) & scored
+    key = tl.load(best_ptr + (z * H + h) * spans * (COUNT - 1) + i, mask=known, other=-1)
     blocks_ptr += (z * H + h) * COUNT
-    _write_blocks(blocks_ptr, key, own, scored, COUNT, KEEP)
+    block = (key & 2147483647).to(tl.int32)
+    _write_blocks(blocks_ptr, (key >> 32).to(tl.int32), block, own, scored, COUNT, COUNT_P)
     acc, _ = attend(
         q, key_ptr, value_ptr, table_ptr, blocks_ptr, b, h, t, 0, COUNT * SIZE, capacity, width, scale_log2,
         H, GROUP_P, DIM, D, SIZE, PAGE, KEYS, True, STAGES,
@@ -239,8 +257,8 @@ def _whole(
     q_ptr, key_ptr, value_ptr, pooled_ptr, length_ptr, table_ptr, score_ptr, blocks_ptr, out_ptr,
     tokens, capacity, slots, width, scale_log2,
     H: tl.constexpr, GROUP: tl.constexpr, GROUP_P: tl.constexpr, GROUP_R: tl.constexpr, DIM: tl.constexpr,
-    D: tl.constexpr, SIZE: tl.constexpr, COUNT: tl.constexpr, PAGE: tl.constexpr, SPAN: tl.constexpr,
-    KEEP: tl.constexpr, TILE: tl.constexpr, KEYS: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr,
+    D: tl.constexpr, SIZE: tl.constexpr, COUNT: tl.constexpr, COUNT_P: tl.constexpr, PAGE: tl.constexpr,
+    SPAN: tl.constexpr, TILE: tl.constexpr, KEYS: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Everything for one query and KV head whose cache has at most SPAN blocks."""
     h = tl.program_id(0)
@@ -249,7 +267,7 @@ def _whole(
     q = load_queries(q_ptr, first_head, GROUP, GROUP_P, DIM, D)
     own = tl.where(t >= 0, t // SIZE, -1)
     scored = (own >= COUNT) & (COUNT > 1)
-    key = tl.full([KEEP], -1, tl.int64)
+    bits = tl.full([SPAN], -1, tl.int32)
     if scored:
         lse = _score_span(
             q, pooled_ptr, table_ptr, score_ptr, b, h, first_head, 0, (t + 1) // SIZE, slots, width, scale_log2,
@@ -259,9 +277,9 @@ def _whole(
         if GROUP_R < GROUP_P:  # heads that pad the tensor cores' tile need no softmax
             pick = tl.arange(0, GROUP_P)[None, :] == tl.arange(0, GROUP_R)[:, None]
             lse = tl.sum(tl.where(pick, lse[None, :], 0.0), 1)
-        key = _best_of_span(score_ptr, lse, first_head, 0, own, slots, GROUP, GROUP_R, SPAN, KEEP)
+        bits = _group_scores(score_ptr, lse, first_head, 0, own, slots, GROUP, GROUP_R, SPAN)
     blocks_ptr += (z * H + h) * COUNT
-    _write_blocks(blocks_ptr, key, own, scored, COUNT, KEEP)
+    _write_blocks(blocks_ptr, bits, tl.arange(0, SPAN), own, scored, COUNT, COUNT_P)
     acc, _ = attend(
         q, key_ptr, value_ptr, table_ptr, blocks_ptr, b, h, t, 0, COUNT * SIZE, capacity, width, scale_log2,
         H, GROUP_P, DIM, D, SIZE, PAGE, KEYS, True, STAGES,
@@ -269,12 +287,12 @@ def _whole(
     store_heads(out_ptr, acc, first_head, GROUP, GROUP_P, DIM, D)
 
 
-def span_of(pairs: int, slots: int, keep: int) -> int:
+def span_of(pairs: int, slots: int, count: int) -> int:
     """Blocks a program scores: enough programs to fill a GPU, yet a merge of at most 2048 candidates."""
     span = 512
-    while span > 64 and pairs * triton.cdiv(slots, span) < 264 and triton.cdiv(slots, span) * 2 * keep <= 2048:
+    while span > 64 and pairs * triton.cdiv(slots, span) < 264 and triton.cdiv(slots, span) * 2 * count <= 2048:
         span //= 2
-    return max(span, keep)
+    return span
 
 
 def decode(q: Tensor, cache, spec, scale: float) -> tuple[Tensor, Tensor]:
@@ -284,7 +302,7 @@ def decode(q: Tensor, cache, spec, scale: float) -> tuple[Tensor, Tensor]:
     group = h_q // heads
     group_r, group_p, wide = triton.next_power_of_2(group), 16, max(16, triton.next_power_of_2(dim))
     group_p = max(group_p, group_r)
-    keep = max(2, triton.next_power_of_2(count - 1))
+    count_p = triton.next_power_of_2(count)
     rows, log2_scale, split = batch * tokens, scale * LOG2E, cache.pooled.shape[2] == 2
     width = 0 if cache.page_table is None else cache.page_table.shape[1]
     out = torch.empty_like(q)
@@ -292,31 +310,32 @@ def decode(q: Tensor, cache, spec, scale: float) -> tuple[Tensor, Tensor]:
     score = torch.empty(rows * h_q * slots if count > 1 else 0, dtype=torch.float32, device=q.device)
     tiles = tiles_of(q)
     if slots <= ONE_PROGRAM or count == 1:
-        span = max(16, keep, triton.next_power_of_2(slots)) if count > 1 else keep
+        span = max(16, triton.next_power_of_2(slots)) if count > 1 else 16
         _whole[(heads, 1, rows)](
             q, cache.keys, cache.values, cache.pooled, cache.lengths, cache.page_table, score, blocks, out,
             tokens, cache.capacity, slots, width, log2_scale, heads, group, group_p, group_r, dim, wide, size, count,
-            cache.page_size, span, keep, tiles.pooled, tiles.keys, SPLIT=split,
+            count_p, cache.page_size, span, tiles.pooled, tiles.keys, SPLIT=split,
             STAGES=tiles.whole[1], num_warps=tiles.whole[0],
         )  # fmt: skip
         return out, blocks
-    span = span_of(rows * heads, slots, keep)
+    span = span_of(rows * heads, slots, count)
     spans = triton.cdiv(slots, span)
     lse = torch.empty(rows * h_q * spans, dtype=torch.float32, device=q.device)
-    best = torch.empty(rows * heads * spans * keep, dtype=torch.int64, device=q.device)
-    spans_p = max(2, triton.next_power_of_2(spans))
+    best = torch.empty(rows * heads * spans * (count - 1), dtype=torch.int64, device=q.device)
     _score[(heads, spans, rows)](
         q, cache.pooled, cache.lengths, cache.page_table, score, lse, tokens, slots, width, log2_scale,
         heads, group, group_p, dim, wide, size, count, cache.page_size // size, span, tiles.pooled, SPLIT=split,
         STAGES=tiles.score[1], num_warps=tiles.score[0],
     )  # fmt: skip
     _choose[(heads, spans, rows)](
-        score, lse, cache.lengths, best, tokens, slots, heads, group, group_r, size, count, span, spans_p, keep,
+        score, lse, cache.lengths, best, tokens, slots, heads, group, group_r, size, count, count_p,
+        span, triton.next_power_of_2(spans),
         num_warps=tiles.choose,
     )  # fmt: skip
     _finish[(heads, 1, rows)](
         q, cache.keys, cache.values, cache.lengths, cache.page_table, best, blocks, out,
         tokens, cache.capacity, spans, width, log2_scale, heads, group, group_p, dim, wide, size, count,
-        cache.page_size, span, spans_p, keep, tiles.keys, STAGES=tiles.finish[1], num_warps=tiles.finish[0],
+        count_p, cache.page_size, span, triton.next_power_of_2(spans * (count - 1)), tiles.keys,
+        STAGES=tiles.finish[1], num_warps=tiles.finish[0],
     )  # fmt: skip
     return out, blocks
