@@ -82,9 +82,8 @@ class PendingCheckpoint:
         error = next((e for e, _ in shares if e), None)
         if context.is_writer and error is None:
             try:
-                recipe = self._recipe
-                contents = _merge([file for _, share in shares for file in share])
-                manifest = Manifest(**self._about, recipe=recipe.model_dump(), recipe_digest=digest(recipe), **contents)
+                about = {**self._about, "recipe": self._recipe.model_dump(mode="json"), "recipe_digest": digest(self._recipe)}
+                manifest = Manifest(**about, **_merge([file for _, share in shares for file in share]))
                 _rename(self._temporary, self._final, manifest)
             except OSError as problem:
                 error = f"rank 0: {problem}"
