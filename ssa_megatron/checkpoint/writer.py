@@ -82,7 +82,11 @@ class PendingCheckpoint:
         error = next((e for e, _ in shares if e), None)
         if context.is_writer and error is None:
             try:
-                about = {**self._about, "recipe": self._recipe.model_dump(mode="json"), "recipe_digest": digest(self._recipe)}
+                about = {
+                    **self._about,
+                    "recipe": self._recipe.model_dump(mode="json"),
+                    "recipe_digest": digest(self._recipe),
+                }
                 manifest = Manifest(**about, **_merge([file for _, share in shares for file in share]))
                 _rename(self._temporary, self._final, manifest)
             except OSError as problem:
