@@ -45,12 +45,15 @@ def _backward(
     pull = tl.minimum(tl.maximum(pull, -1.0), 1.0) * (tl.load(d_loss_ptr).to(tl.float32) / count)
     d_full = pull + d_out if TRUNK_FULL else pull
     d_sparse = -pull if TRUNK_FULL else d_out - pull
-    delta_full, delta_sparse = tl.sum(d_full * full, 1), tl.sum(d_sparse * sparse, 1)
-    tl.store(d_gate_ptr + row, (delta_full + delta_sparse).to(d_gate_ptr.dtype.element_ty), mask=real)
-    tl.store(delta_full_ptr + row, delta_full * gate, mask=real)
-    tl.store(delta_sparse_ptr + row, delta_sparse * gate, mask=real)
-    tl.store(do_full_ptr + at, (d_full * gate[:, None]).to(do_full_ptr.dtype.element_ty), mask=real[:, None])
-    tl.store(do_sparse_ptr + at, (d_sparse * gate[:, None]).to(do_sparse_ptr.dtype.element_ty), mask=real[:, None])
+    d_gate = tl.sum(d_full * full + d_sparse * sparse, 1)
+    tl.store(d_gate_ptr + row, d_gate.to(d_gate_ptr.dtype.element_ty), mask=real)
+    # delta of the rounded gradients, which the streams' backward reads: where one key has all the weight, dP - delta must cancel
+    do_full = (d_full * gate[:, None]).to(do_full_ptr.dtype.element_ty)
+    do_sparse = (d_sparse * gate[:, None]).to(do_sparse_ptr.dtype.element_ty)
+    tl.store(delta_full_ptr + row, tl.sum(do_full.to(tl.float32) * full, 1), mask=real)
+    tl.store(delta_sparse_ptr + row, tl.sum(do_sparse.to(tl.float32) * sparse, 1), mask=real)
+    tl.store(do_full_ptr + at, do_full, mask=real[:, None])
+    tl.store(do_sparse_ptr + at, do_sparse, mask=real[:, None])
 
 
 @triton.jit

@@ -24,7 +24,7 @@ else:
     import torch
 
     import kernels
-    from kernels import BlockSpec, triton_sparse
+    from kernels import BlockSpec, accuracy, triton_sparse
 
     from .support import assert_close, documents, inputs, outputs_and_gradients, places
 
@@ -88,3 +88,29 @@ else:
             for b in ("triton", "torch")
         )
         assert torch.equal(ours, theirs)
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+    def test_gradients_cancel_where_one_key_has_all_the_weight(dtype):
+        """A key 40 nats above all others: dq and dk are what is left of two equal terms, each far larger than they are."""
+        leaves, upstream = inputs(2, 96, 8, 2, 32)
+        leaves = [x.detach().to(dtype).requires_grad_() for x in leaves]
+        spec, scale = BlockSpec(16, 4), 32**-0.5
+        lift = 40.0 / (4.0 * scale)
+        with torch.no_grad():
+            leaves[0][..., 0], leaves[1][..., 0] = 4.0, 0.0
+            leaves[1][:, :16, :, 0] = -lift / 15
+            leaves[1][:, 5, :, 0] = lift
+        blocks = kernels.select_blocks(*leaves[:2], spec, backend="triton")
+        weight = 100.0 * upstream.numel() ** 0.5
+
+        def call():
+            return kernels.ssa_attention(*leaves, spec, trunk="sparse", blocks=blocks, backend="triton")
+
+        got = {"ssa": accuracy.results(call, leaves, upstream.to(dtype), weight)}
+        masks = accuracy.Masks(*leaves[:2], spec, None, None)
+        fixed = ("ssa",), leaves, upstream.to(dtype), masks, blocks, scale, weight
+        truth = accuracy.reference(*fixed, torch.float64, trunk="sparse", width=1)
+        own = accuracy.reference(*fixed, dtype, trunk="sparse", width=1) if dtype in accuracy.HALF else {"ssa": None}
+        found = accuracy.errors("ssa", got["ssa"], truth["ssa"], own["ssa"], dtype)
+        failed = [verdict.text for verdict in accuracy.verdicts(found, 40.0) if verdict.failed]
+        assert not failed, "\n".join(failed)
