@@ -8,47 +8,30 @@ is kept beside it and not done again. It refuses to write over anything, a secon
 import fcntl
 import hashlib
 import json
-import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipelines import scan, storage
-from pipelines.dataset import FILE_NAME, FORMAT, RECORDS_NAME, load_dataset_info, to_json, with_fingerprint
+from pipelines.dataset import FILE_NAME, load_dataset_info, to_json
 from pipelines.documents import Format, no_document
 from pipelines.errors import CorpusError, DatasetError, DatasetMismatch
-from pipelines.packing import NO_DOCUMENT, Packer, smallest_dtype
-from pipelines.parts import SPLITS, Finished, Layout, Part, ShardWriter, Tally, encode_part
+from pipelines.finish import finish_source
+from pipelines.packing import smallest_dtype
+from pipelines.parts import Finished, Layout, encode_part
+from pipelines.plan import Job, Progress, Scanned, below, inputs_of, plan_parts
 from pipelines.sources import InputFile, Sources, named_sources
 from pipelines.tokenizer import Tokenizer
 from pipelines.workers import map_unordered
 
-Progress = Callable[[str, int, int | None], None]
 _PRELOAD = ("pipelines.parts", "streaming")  # seconds to import: once, not in every worker
-PART_BYTES = 64 << 20  # of text; enough for a full shard
 _STRIDE = 16 << 20
-_PIECES = 16  # a compressed file is decompressed from its beginning for each of its parts, so it has this many at most
-_BYTES_A_WORKER = 16 << 20  # of text; below, starting a process costs more than it brings
-
-
-class _Scanned(NamedTuple):
-    """A source after the first pass."""
-
-    files: list[InputFile]
-    counted: list[scan.Counted]
-    hashes: NDArray
-    fates: NDArray[np.uint8]
-
-    @property
-    def documents(self) -> int:
-        return len(self.hashes)
 
 
 def prepare(
@@ -107,7 +90,7 @@ def prepare(
         raise DatasetError(
             f"{taken}: already exists", remedy="name another folder, remove this one, or pass reuse=True"
         )
-    job = _Job(str(out), tokenizer, layout, form, settings, part_bytes, workers, progress)
+    job = Job(str(out), tokenizer, layout, form, settings, part_bytes, workers, progress)
     folder = Path(scratch) if scratch else _scratch(str(out))
     try:
         with _owned(folder, str(out)):
@@ -116,30 +99,13 @@ def prepare(
                 job = job._replace(form=form)
             found = _scan(job, files, given)
             if taken:
-                return {name: _existing(_below(out, name), source, settings) for name, source in found.items()}
+                return {name: _existing(below(out, name), source, settings) for name, source in found.items()}
             return _write(job, found, folder)
     except OSError as error:  # what concerns the corpus is a CorpusError by now
         raise DatasetError(
             f"{out}: cannot be written ({error})",
             remedy="free disk space, then give the same command again: what is finished is kept",
         ) from error
-
-
-class _Job(NamedTuple):
-    """What all steps of one preparation share."""
-
-    out: str
-    tokenizer: Tokenizer
-    layout: Layout
-    form: Format
-    settings: dict
-    part_bytes: int | None
-    workers: int | None
-    progress: Progress | None
-
-    def processes(self, work: int) -> int:
-        """How many processes for so many bytes of text; starting one for less than _BYTES_A_WORKER brings nothing."""
-        return self.workers or min(len(os.sched_getaffinity(0)), 1 + work // _BYTES_A_WORKER)
 
 
 def _check(layout: Layout, fraction: float, tokenizer: Tokenizer) -> None:
@@ -166,7 +132,7 @@ def _check(layout: Layout, fraction: float, tokenizer: Tokenizer) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------- first pass
-def _scan(job: _Job, files: dict[str, list[InputFile]], given: object) -> dict[str, _Scanned]:
+def _scan(job: Job, files: dict[str, list[InputFile]], given: object) -> dict[str, Scanned]:
     """Reads all sources once, in parallel, and decides the fate of every document of all of them together."""
     total, done = sum(file.size for source in files.values() for file in source), 0
     stride = min(_STRIDE, max(1 << 20, total // 64), job.part_bytes or _STRIDE)
@@ -193,7 +159,7 @@ def _scan(job: _Job, files: dict[str, list[InputFile]], given: object) -> dict[s
         own = fates[begin : begin + len(source_hashes)]
         begin += len(source_hashes)
         _check_splits(name, own, job.settings["validation_fraction"])
-        result[name] = _Scanned(files[name], [c for r in source for c in r.counted], source_hashes, own)
+        result[name] = Scanned(files[name], [c for r in source for c in r.counted], source_hashes, own)
     return result
 
 
@@ -213,12 +179,12 @@ def _check_splits(name: str, fates: NDArray, fraction: float) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------ second pass
-def _write(job: _Job, found: dict[str, _Scanned], scratch: Path) -> dict[str, dict]:
+def _write(job: Job, found: dict[str, Scanned], scratch: Path) -> dict[str, dict]:
     _keep_only_work_on(scratch, job, found)
     model = scratch / job.tokenizer.file_name
     for name, data in job.tokenizer.files.items():
         (scratch / name).write_bytes(data)
-    parts = {name: list(_parts(job, name, source, scratch, str(model))) for name, source in found.items()}
+    parts = {name: list(plan_parts(job, name, source, scratch, str(model))) for name, source in found.items()}
     flat = [part for source in parts.values() for part in source]
     total, done = sum(part.text_bytes for part in flat), 0
     size_of = {part.folder: part.text_bytes for part in flat}
@@ -231,147 +197,17 @@ def _write(job: _Job, found: dict[str, _Scanned], scratch: Path) -> dict[str, di
     shutil.rmtree(content, ignore_errors=True)
     records = {}
     for name, source in found.items():
-        records[name] = _finish(job, source, [Finished(Path(p.folder), job.tokenizer.vocab_size) for p in parts[name]],
-                                content / name if name else content, _below(job.out, name))  # fmt: skip
+        records[name] = finish_source(job, source, [Finished(Path(p.folder), job.tokenizer.vocab_size) for p in parts[name]],
+                                content / name if name else content, below(job.out, name))  # fmt: skip
     if not storage.is_remote(job.out):
         _commit(content, Path(job.out))
     shutil.rmtree(scratch / "parts")
-    return {name: {**record, "path": _below(job.out, name), "reused": False} for name, record in records.items()}
+    return {name: {**record, "path": below(job.out, name), "reused": False} for name, record in records.items()}
 
 
-def _parts(job: _Job, name: str, source: _Scanned, scratch: Path, model: str) -> Iterator[Part]:
-    """Cuts a source into parts of about equal text, by what the first pass counted."""
-    total = sum(c.text_bytes for c in source.counted)
-    target = job.part_bytes or max(min(PART_BYTES, max(total // 64, 1 << 20)), total // 8192)
-    group: list[tuple[scan.Counted, int]] = []
-    number = first_record = first_document = size = documents = 0
-    in_file: dict[int, int] = {}
-    for c in source.counted:
-        in_file[c.stretch.file] = in_file.get(c.stretch.file, 0) + c.text_bytes
-
-    def part() -> Part:
-        fates = source.fates[first_document : first_document + documents]
-        hashes = source.hashes[first_document : first_document + documents]
-        return Part(
-            number=number,
-            folder=str(scratch / "parts" / f"{name or 'part'}-{number:06d}"),
-            upload=storage.join(_below(job.out, name), "train") if storage.is_remote(job.out) else None,
-            tokenizer=model,
-            layout=job.layout,
-            form=job.form,
-            files={c.stretch.file: source.files[c.stretch.file] for c, _ in group},
-            stretches=[c.stretch for c, _ in group],
-            first_records=[first for _, first in group],
-            fates=fates.tobytes(),
-            digest=scan.digest([hashes]),
-            text_bytes=size,
-        )
-
-    for counted in source.counted:
-        group.append((counted, first_record))
-        first_record += counted.records
-        size += counted.text_bytes
-        documents += counted.documents
-        compressed = bool(source.files[counted.stretch.file].compression)
-        least = max(target, in_file[counted.stretch.file] // _PIECES) if compressed else target
-        if size >= least:
-            yield part()
-            number, first_document, documents, size, group = number + 1, first_document + documents, 0, 0, []
-    if group:
-        yield part()
-    if first_record >= NO_DOCUMENT:
-        raise DatasetError(
-            f"{name or 'the corpus'}: {first_record:,} records, {NO_DOCUMENT:,} is the most in one source",
-            remedy="cut it into several named sources",
-        )
-
-
-# ------------------------------------------------------------------------------------------- what the parts left over
-def _finish(job: _Job, source: _Scanned, parts: list[Finished], folder: Path, out: str) -> dict:
-    """Packs the leftovers in the parts' order, writes index, tokenizer and record; returns the record."""
-    tokenizer, remote = job.tokenizer, storage.is_remote(out)
-    tallies = {split: Tally(tokenizer.vocab_size) for split in SPLITS}
-    written = {}
-    for split in SPLITS:
-        for part in parts:
-            tallies[split].merge(part.tallies[split])
-        tally = tallies[split]
-        if not tally.documents:
-            continue
-        (folder / split).mkdir(parents=True)
-        packer = Packer(job.layout.row_length, eos_id=tokenizer.eos_id, vocab_size=tokenizer.vocab_size)
-        writer = ShardWriter(folder / split, len(parts), job.layout, tokenizer.vocab_size)
-        try:
-            for part in parts:
-                for tokens, document in part.leftovers(split):
-                    writer.write(packer.add(tokens, document))
-            writer.write(packer.finish())
-            own = writer.finish()
-        finally:
-            writer.close()
-        done = [(part, shard) for part in parts for shard in part.shards] if split == "train" else []
-        if not remote:
-            for part, shard in done:
-                name = _stored(shard)["basename"]
-                _link(part.folder / name, folder / split / name)
-        shards = [shard for _, shard in done] + own
-        index = folder / split / "index.json"
-        index.write_text(json.dumps({"version": 2, "shards": shards}, sort_keys=True))
-        files = {_stored(s)["basename"]: {"bytes": _stored(s)["bytes"], "sha256": _stored(s)["hashes"]["sha256"]}
-                 for s in shards}  # fmt: skip
-        files["index.json"] = _describe(index)
-        written[split] = {
-            "rows": writer.rows + (sum(part.rows for part in parts) if split == "train" else 0),
-            "tokens": tally.tokens,
-            "padding": writer.padding,
-            "documents": tally.documents,
-            "text_bytes": tally.text_bytes,
-            "lengths": np.trim_zeros(tally.lengths, "b").tolist(),
-            "files": files,
-        }
-    for tally in tallies.values():
-        tally.frequencies[tokenizer.bos_id] -= tally.documents  # the mark in front: no model ever has to predict it
-    train, validation = (tallies[split].frequencies for split in SPLITS)
-    per_file = np.zeros(len(source.files), np.int64)
-    for counted in source.counted:
-        per_file[counted.stretch.file] += counted.records
-    table = [[file.name, int(count)] for file, count in zip(source.files, per_file, strict=True)]
-    (folder / RECORDS_NAME).write_text(json.dumps(table))
-    for name, data in tokenizer.files.items():
-        (folder / name).write_bytes(data)
-    record = with_fingerprint(
-        {
-            "format": FORMAT,
-            "row_length": job.layout.row_length,
-            "vocab_size": tokenizer.vocab_size,
-            "token_dtype": str(smallest_dtype(tokenizer.vocab_size)),
-            "bos_id": tokenizer.bos_id,
-            "eos_id": tokenizer.eos_id,
-            "tokenizer_file": tokenizer.file_name,
-            "tokenizer_fingerprint": tokenizer.fingerprint,
-            "unigram_entropy": _cross_entropy(train, train),
-            "validation_unigram_cross_entropy": _cross_entropy(validation, train + 1) if validation.any() else None,
-            "duplicates": int((source.fates == scan.DUPLICATE).sum()),
-            "splits": written,
-            "files": {name: _describe(folder / name) for name in (RECORDS_NAME, *tokenizer.files)},
-            "inputs": _inputs(job.settings, source),
-        }
-    )
-    (folder / FILE_NAME).write_text(json.dumps(record, indent=2, sort_keys=True) + "\n")
-    if remote:
-        for path in sorted(folder.rglob("*"), key=lambda p: p.name == FILE_NAME):  # last: it makes the dataset one
-            if path.is_file():
-                storage.upload(path, storage.join(out, str(path.relative_to(folder))))
-    return record
-
-
-def _inputs(settings: dict, source: _Scanned) -> dict:
-    return {**settings, "documents": source.documents, "documents_sha256": scan.digest([source.hashes])}
-
-
-def _existing(out: str, source: _Scanned, settings: dict) -> dict:
+def _existing(out: str, source: Scanned, settings: dict) -> dict:
     info = load_dataset_info(out)
-    for field, value in _inputs(settings, source).items():
+    for field, value in inputs_of(settings, source).items():
         if info.inputs.get(field) != value:
             raise DatasetMismatch(
                 f"{out}: {field} is {info.inputs.get(field)} in the dataset there, {value} was asked for",
@@ -380,31 +216,12 @@ def _existing(out: str, source: _Scanned, settings: dict) -> dict:
     return {**to_json(info), "path": out, "reused": True}
 
 
-def _stored(shard: dict) -> dict:
-    return shard["zip_data"] or shard["raw_data"]
-
-
-def _describe(path: Path) -> dict:
-    data = path.read_bytes()
-    return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-
-
-def _cross_entropy(of: NDArray, under: NDArray) -> float:
-    """-sum p log q in nats, p and q proportional to the two counts [vocab_size]."""
-    seen = of > 0
-    return float((of[seen] / of.sum() * (math.log(under.sum()) - np.log(under[seen]))).sum())
-
-
 # ------------------------------------------------------------------------------------------------ folders and locks
-def _below(out: str | Path, name: str) -> str:
-    return storage.join(out, name) if name else str(out)
-
-
 def _taken(out: str | Path, names: Iterable[str]) -> str | None:
     """What is at `out` already, if anything."""
     if not storage.is_remote(out):
         return str(out) if storage.exists(out) else None
-    return next((_below(out, n) for n in names if storage.exists(storage.join(_below(out, n), FILE_NAME))), None)
+    return next((below(out, n) for n in names if storage.exists(storage.join(below(out, n), FILE_NAME))), None)
 
 
 def _scratch(out: str) -> Path:
@@ -438,9 +255,9 @@ def _owned(folder: Path, out: str) -> Iterator[None]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _keep_only_work_on(scratch: Path, job: _Job, found: dict[str, _Scanned]) -> None:
+def _keep_only_work_on(scratch: Path, job: Job, found: dict[str, Scanned]) -> None:
     """Drops the parts of an earlier attempt at something else."""
-    plan = json.dumps({name: _inputs(job.settings, source) for name, source in found.items()} | {"out": job.out,
+    plan = json.dumps({name: inputs_of(job.settings, source) for name, source in found.items()} | {"out": job.out,
                       "part_bytes": job.part_bytes}, sort_keys=True)  # fmt: skip
     path = scratch / "plan.json"
     if not path.exists() or path.read_text() != plan:
@@ -456,13 +273,6 @@ def _spool(documents: Iterable[str], scratch: Path) -> InputFile:
         for document in documents:
             file.write(json.dumps({"text": document}) + "\n")
     return InputFile(str(path), "documents", path.stat().st_size, ".jsonl")
-
-
-def _link(source: Path, target: Path) -> None:
-    try:
-        os.link(source, target)
-    except OSError:  # a file system without hard links
-        shutil.copyfile(source, target)
 
 
 def _commit(folder: Path, out: Path) -> None:
