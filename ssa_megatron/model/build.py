@@ -59,6 +59,14 @@ class SSAModel(torch.nn.Module):
 
 def build_model(recipe: Recipe, context: ParallelContext) -> SSAModel:
     """This rank's part of the model, on its device, in the recipe's precision, with initial weights."""
+    model = build_chunks(recipe, context)
+    model.to(device=context.device)
+    initialize_weights(model, recipe, context)
+    return model
+
+
+def build_chunks(recipe: Recipe, context: ParallelContext) -> SSAModel:
+    """This rank's part of the model with weights nobody has set (under `torch.device("meta")`: that take no memory)."""
     config, layers = (
         transformer_config(recipe),
         recipe.model.num_layers // (context.pipeline_size * context.virtual_size),
@@ -80,10 +88,7 @@ def build_model(recipe: Recipe, context: ParallelContext) -> SSAModel:
                 vp_stage=number if context.virtual_size > 1 else None,
             )
         )
-    model = SSAModel(chunks)
-    model.to(device=context.device)
-    initialize_weights(model, recipe, context)
-    return model
+    return SSAModel(chunks)
 
 
 def transformer_config(recipe: Recipe) -> TransformerConfig:
