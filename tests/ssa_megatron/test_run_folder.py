@@ -54,7 +54,7 @@ def tokenizer_files():
 
 def take(run, recipe, tokenizer_files, context) -> RunFolder:
     folder = claim(run, recipe, context)
-    folder.record(recipe, tokenizer_files, deepspeed_config(recipe, 1), context)
+    folder.record(recipe, tokenizer_files, deepspeed_config(recipe), context)
     return folder
 
 
@@ -87,7 +87,7 @@ def test_a_claimed_folder_holds_recipe_environment_deepspeed_config_and_tokenize
     assert sorted(path.name for path in run.iterdir()) == names
     assert (run / "config.yaml").read_text() == dump_recipe(recipe)
     assert load_recipe(str(run / "config.yaml")) == read_recipe(run) == recipe
-    assert json.loads((run / "ds_config.json").read_text()) == deepspeed_config(recipe, 1)
+    assert json.loads((run / "ds_config.json").read_text()) == deepspeed_config(recipe)
     assert (folder.path / "tokenizer.model").read_bytes() == b"a tokenizer"
     environment_found = json.loads((run / "environment.json").read_text())
     assert environment_found["packages"]["torch"]
