@@ -4,21 +4,14 @@ Like test_triton_interpreted.py it runs itself again in a process where the inte
 imported. Tiles are small there, so that short rows have whole, masked and partial ones.
 """
 
-import os
-import subprocess
-import sys
-
 import pytest
 
-INSIDE = os.environ.get("TRITON_INTERPRET") == "1"
+from .interpreted import INSIDE, run_again
 
 if not INSIDE:
 
     def test_dual_kernels_under_the_interpreter():
-        environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
-        assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+        run_again(__file__)
 
 else:
     import torch

@@ -4,21 +4,14 @@ The interpreter must be chosen before triton is imported, so one test runs this 
 bf16 is left to the GPU: the interpreter's bf16 products are wrong.
 """
 
-import os
-import subprocess
-import sys
-
 import pytest
 
-INSIDE = os.environ.get("TRITON_INTERPRET") == "1"
+from .interpreted import INSIDE, run_again
 
 if not INSIDE:
 
     def test_kernels_under_the_interpreter():
-        environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
-        assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+        run_again(__file__)
 
 else:
     import torch
