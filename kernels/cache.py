@@ -6,6 +6,8 @@ twice: `lengths` on the device, which kernels read, and `host_lengths`, Python i
 refused without asking the GPU. Nothing beyond a sequence's length is ever read.
 """
 
+from abc import ABC, abstractmethod
+
 import torch
 from torch import Tensor
 
@@ -33,7 +35,7 @@ def _integer(name: str, value, least: int) -> None:
     need(isinstance(value, int) and value >= least, name, value, f"an integer of at least {least}")
 
 
-class _Cache:
+class _Cache(ABC):
     """What both caches share; a subclass says which row of storage holds a place of a sequence."""
 
     page_size = 0
@@ -154,11 +156,13 @@ class _Cache:
         rows = self.token_rows(b, 0, max(0, self.host_lengths[b]))
         return self.keys[rows][None], self.values[rows][None]
 
-    def token_rows(self, b: int, first: int, last: int):
-        raise NotImplementedError
+    @abstractmethod
+    def token_rows(self, b: int, first: int, last: int) -> slice | Tensor:
+        """Rows of `keys` and `values` that hold tokens first .. last - 1 of one sequence."""
 
-    def block_rows(self, b: int, first: int, last: int):
-        raise NotImplementedError
+    @abstractmethod
+    def block_rows(self, b: int, first: int, last: int) -> slice | Tensor:
+        """Rows of `pooled` that hold blocks first .. last - 1 of one sequence."""
 
 
 class KVCache(_Cache):

@@ -5,6 +5,7 @@ parameters. `PartitionedWeights` (ZeRO-3): a rank holds its padded range of ever
 views and call no collective to do so. These attributes are not DeepSpeed's public interface: nothing else touches them.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -31,15 +32,13 @@ class Fragment:
     exp_avg_sq: Tensor
 
 
-class Shards:
+class Shards(ABC):
     """What both kinds share: Adam's state lies beside each flat master, under the inner optimizer's `state`."""
 
     def __init__(self, optimizer, named: list[NamedParameter]):
         """optimizer: DeepSpeed's, which wraps torch's AdamW as `.optimizer`."""
         self._optimizer, self._inner, self._named = optimizer, optimizer.optimizer, named
-        for (
-            flat
-        ) in self.flats():  # torch creates Adam's state at its first step; checkpoints read and write it before that
+        for flat in self.flats():  # torch creates Adam's state at its first step; checkpoints read and write it before
             device = flat.device if self._inner.defaults["fused"] else "cpu"
             self._inner.state[flat] = {
                 "step": torch.zeros((), dtype=torch.float32, device=device),
@@ -47,17 +46,17 @@ class Shards:
                 "exp_avg_sq": torch.zeros_like(flat),
             }
 
+    @abstractmethod
     def flats(self) -> list[Tensor]:
         """The flat fp32 masters that the inner optimizer updates."""
-        raise NotImplementedError
 
+    @abstractmethod
     def fragments(self) -> Iterator[Fragment]:
         """This rank's share, in model order."""
-        raise NotImplementedError
 
+    @abstractmethod
     def refresh(self) -> None:
         """Working weights from masters, on every rank (collective)."""
-        raise NotImplementedError
 
     def discard_gradients(self) -> None:
         """Forget what was accumulated since the last step."""

@@ -9,6 +9,7 @@ import argparse
 import multiprocessing
 import time
 from collections import Counter
+from queue import Empty
 
 import torch
 
@@ -113,7 +114,7 @@ def spawn(a: argparse.Namespace) -> tuple[Tally, list[str]]:
     while waiting:
         try:
             rank, tally = queue.get(timeout=1)
-        except Exception:  # nobody finished within this second
+        except Empty:  # nobody finished within this second
             for rank in [r for r in waiting if processes[r].exitcode not in (None, 0) or time.time() > deadline + 30]:
                 index, number = current[2 * rank : 2 * rank + 2]
                 how = (
