@@ -10,6 +10,9 @@ import math
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, __version__
 
+LOGIT_ROWS = 2048
+"""Tokens whose fp32 logits exist at once: those of a long document would be the largest tensor of the run."""
+
 
 def load_model(folder, *, device="cpu"):
     """The model of an exported folder in the dtype it was saved in, in evaluation mode."""
@@ -65,33 +68,43 @@ def generate_texts(
 
 
 @torch.inference_mode()
-def score_documents(model, documents, *, mode=None, block_count=None, batch_tokens=4096):
-    """(sum of nats, tokens counted) of token-id lists, each scored from its start.
+def token_nats(model, documents, *, mode=None, block_count=None, batch_tokens=4096):
+    """Nats of each token of token-id lists after its document's first, which is context only: fp32 CPU tensors, in order.
 
-    A document's first token is context only. Documents of like length share a batch of at most `batch_tokens`; a longer
-    document is a batch of its own.
+    Documents of like length share a batch of at most `batch_tokens`; a longer document is a batch of its own.
     """
-    nats, counted = 0.0, 0
-    order = sorted((document for document in documents if len(document) > 1), key=len)
+    found = [torch.empty(0)] * len(documents)
+    order = sorted((i for i in range(len(documents)) if len(documents[i]) > 1), key=lambda i: len(documents[i]))
     while order:
-        rows = max(1, min(len(order), batch_tokens // len(order[-1])))
+        rows = max(1, min(len(order), batch_tokens // len(documents[order[-1]])))
         batch, order = order[-rows:], order[:-rows]
-        length = len(batch[-1])
+        length = len(documents[batch[-1]])
         tokens = torch.zeros(rows, length, dtype=torch.long)
         mask = torch.zeros(rows, length, dtype=torch.long)
-        for row, document in enumerate(batch):  # padded on the right: causal, so real tokens never see it
-            tokens[row, : len(document)] = torch.as_tensor(document)
-            mask[row, : len(document)] = 1
+        for row, i in enumerate(batch):  # padded on the right: causal, so real tokens never see it
+            tokens[row, : len(documents[i])] = torch.as_tensor(documents[i])
+            mask[row, : len(documents[i])] = 1
         tokens, mask = tokens.to(model.device), mask.to(model.device)
-        logits = model(
+        hidden = model.model(
             tokens, attention_mask=mask, use_cache=False, inference_mode=mode, block_count=block_count
-        ).logits[:, :-1]
-        targets = tokens[:, 1:].masked_fill(mask[:, 1:] == 0, -100)
-        for row in range(rows):  # a row at a time: fp32 logits of a whole batch would be the largest tensor of the run
-            loss = torch.nn.functional.cross_entropy(logits[row].float(), targets[row], reduction="none")
-            nats += loss.double().sum().item()
-        counted += int((targets != -100).sum())
-    return nats, counted
+        ).last_hidden_state
+        for row, i in enumerate(batch):
+            end = len(documents[i]) - 1
+            parts = [slice(t, min(t + LOGIT_ROWS, end)) for t in range(0, end, LOGIT_ROWS)]
+            nats = [
+                torch.nn.functional.cross_entropy(
+                    model.lm_head(hidden[row, part]).float(), tokens[row, 1:][part], reduction="none"
+                )
+                for part in parts
+            ]
+            found[i] = torch.cat(nats).cpu()
+    return found
+
+
+def score_documents(model, documents, **options):
+    """(sum of nats, tokens counted) of token-id lists; options as for `token_nats`."""
+    found = token_nats(model, documents, **options)
+    return sum(nats.double().sum().item() for nats in found), sum(map(len, found))
 
 
 def perplexity_of(nats, counted):
