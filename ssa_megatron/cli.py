@@ -54,14 +54,16 @@ def train(
     resolved = load_recipe(recipe, overrides or ())
     from ssa_megatron.parallel.context import world_size
     from ssa_megatron.planning import hardware, search
+    from ssa_megatron.train import restarts
 
     search.check(resolved, world_size(), hardware.find("h100"))
+    folder = run or Path("runs") / resolved.name
+    restarts.check(folder, global_batch_rows=resolved.train.global_batch_rows)
     if int(os.environ.get("RANK", "0")) == 0:  # the imports below take seconds, and silence looks like a hang
         print(f"ssa {__version__}: recipe {resolved.name}, {world_size()} process(es); loading libraries", flush=True)
     from ssa_megatron.train.loop import train as run_training
     from ssa_megatron.train.profiler import parse_range
 
-    folder = run or Path("runs") / resolved.name
     raise typer.Exit(run_training(resolved, folder, profile_steps=parse_range(profile)))
 
 

@@ -9,9 +9,17 @@ from pathlib import Path
 
 import torch
 
+from pipelines.errors import DataError
 from ssa_megatron.checkpoint.reader import load_into, newest_valid
 from ssa_megatron.config import Recipe, digest
-from ssa_megatron.errors import EXIT_REQUEUE, CheckpointError, ConfigError, EnvironmentProblem, TrainingStopped
+from ssa_megatron.errors import (
+    EXIT_REQUEUE,
+    CheckpointError,
+    ConfigError,
+    EnvironmentProblem,
+    SSAError,
+    TrainingStopped,
+)
 from ssa_megatron.model.build import build_model
 from ssa_megatron.parallel import context as parallel
 from ssa_megatron.parallel import cpu
@@ -20,6 +28,7 @@ from ssa_megatron.train.data import describe, open_data, open_stream
 from ssa_megatron.train.evaluation import evaluate
 from ssa_megatron.train.metrics import Metrics
 from ssa_megatron.train.profiler import StepProfiler
+from ssa_megatron.train.restarts import Attempt
 from ssa_megatron.train.run_folder import claim
 from ssa_megatron.train.saving import Saver
 from ssa_megatron.train.schedule import learning_rate
@@ -77,6 +86,7 @@ def train(recipe: Recipe, run: Path, *, profile_steps: range = range(0)) -> int:
     context.on_writer(lambda: folder.record(recipe, tokenizer.files, optimizer.config, context))
     console.phase(f"data: {describe(infos)}; starting at step {progress.step}")
 
+    attempt = context.on_writer(lambda: Attempt(run, step=progress.step, world=context.world))
     board = folder.tensorboard if recipe.logging.tensorboard else None
     metrics = context.together(
         lambda: Metrics(folder.metrics, resume_step=progress.step, tensorboard=board) if context.is_writer else None
@@ -120,6 +130,12 @@ def train(recipe: Recipe, run: Path, *, profile_steps: range = range(0)) -> int:
                 who = stop.received.name if stop.received else "a signal to another rank"
                 console.say(f"stopped by {who} at step {done}; the same command continues")
                 break
+        if context.is_writer:
+            attempt.end("done" if progress.step == recipe.train.steps else "stopped by a signal")
+    except (SSAError, DataError) as error:
+        if context.is_writer:
+            attempt.end(str(error).partition("\n")[0])
+        raise
     finally:
         saver.close()
         profiler.close()

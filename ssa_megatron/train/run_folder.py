@@ -22,6 +22,8 @@ from ssa_megatron.errors import ConfigError, RunFolderError
 from ssa_megatron.files import replace_durably
 from ssa_megatron.parallel.context import ParallelContext
 
+LEASE_SECONDS = 120  # NFSv4 keeps the locks of a client that vanished for 90 s
+
 
 class RunFolder:
     """Paths of a claimed run; the writer rank holds the lock until the process ends."""
@@ -42,19 +44,37 @@ class RunFolder:
                 f"run folder {self.path} cannot be made or written: {error.strerror}",
                 remedy="give another folder with --run-folder",
             ) from None
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        job = os.environ.get("SLURM_JOB_ID")
+        deadline = time.monotonic() + LEASE_SECONDS
+        while not self._acquire(handle):
             handle.seek(0)
             owner = handle.read().strip() or "another process"
-            raise RunFolderError(
-                f"run folder {self.path} is in use by {owner}",
-                remedy="stop that job, or give another folder with --run-folder",
-            ) from None
+            # A job that was requeued meets the lock of its own earlier life, which a network file system keeps for a dead node
+            # until its lease ends. Any other owner may be alive.
+            if job is None or not owner.endswith(f"in SLURM job {job}") or time.monotonic() > deadline:
+                raise RunFolderError(
+                    f"run folder {self.path} is in use by {owner}",
+                    remedy="stop that job, or give another folder with --run-folder",
+                )
+            time.sleep(1)
         handle.truncate(0)
-        handle.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
+        where = f" in SLURM job {job}" if job else ""
+        since = time.strftime("%Y-%m-%d %H:%M:%S")
+        handle.write(f"process {os.getpid()} on {socket.gethostname()} since {since}{where}\n")
         handle.flush()
         self._lock = handle
+
+    def _acquire(self, handle) -> bool:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            raise RunFolderError(
+                f"run folder {self.path} cannot be locked: {error.strerror}",
+                remedy="its file system offers no flock: mount it with locks (Lustre: -o flock), or give another folder",
+            ) from None
+        return True
 
     def record(self, recipe: Recipe, tokenizer: dict[str, bytes], ds_config: dict, context: ParallelContext) -> None:
         """Write down what is about to run, once nothing can refuse it any more; the tokenizer's files when there are none."""

@@ -15,10 +15,13 @@ from tests.launch import environment, kill, start
 from tests.ssa_megatron.support import recipe_file
 
 TWICE = """
-import signal, sys
-from ssa_megatron.train.signals import StopRequest
+import signal, sys, time
+from ssa_megatron.train.signals import ECHO_SECONDS, StopRequest
 stop = StopRequest().listen()
 for name in sys.argv[1:]:
+    if name == "later":
+        time.sleep(ECHO_SECONDS + 0.1)
+        continue
     signal.raise_signal(signal.Signals[name])
     print(stop.received.name, flush=True)
 """
@@ -53,9 +56,16 @@ def test_the_four_signals_of_schedulers_and_people_are_handled():
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
 def test_a_second_signal_of_the_same_kind_ends_the_process_at_once(name):
-    ended = twice(name, name, name)
+    ended = twice(name, "later", name, name)
     assert ended.stdout == f"{name}\n"
     assert ended.returncode == -signal.Signals[name]
+
+
+def test_the_same_request_heard_twice_within_seconds_is_one_request():
+    """Once lost: `scancel --full` signals the batch shell, which forwards to srun, which signals ranks that had it already."""
+    ended = twice("SIGUSR1", "SIGUSR1", "SIGUSR1")
+    assert ended.stdout == "SIGUSR1\n" * 3
+    assert ended.returncode == 0
 
 
 def test_a_second_signal_of_another_kind_is_noted_too():
