@@ -1,7 +1,9 @@
 """What "correct" means here, in one place: the truth, the tolerances, and the verdict.
 
 Tests, the fuzzer and the benchmark's gate all judge by this file, so that there is one tolerance everywhere. The truth is plain
-PyTorch with whole masks, in fp64; the same text in half precision gives "PyTorch's own error", the yardstick of the largest one.
+PyTorch with whole masks, in fp64; the same text in the kernels' precision gives "PyTorch's own error", the yardstick where a
+value is the small difference of large ones. It is taken twice, because the two ways to a softmax's gradient round differently:
+PyTorch's autograd keeps the weights, its fused kernels keep the rounded output and take delta = sum(dO * O) of it, as ours do.
 It takes inputs on one device, never synchronises before `verdict`, and holds `[Nq, N]` scores: pass few rows of long sequences.
 """
 
@@ -23,6 +25,10 @@ NORM = {"output": 5e-3, "gradient": 1e-2}  # of the truth's norm, half precision
 NORM_FP32 = 2e-5  # three tf32 products keep this where logits stay below `CALM` nats
 CALM = 16.0
 WORST = {"output": 2.0, "gradient": 3.0}  # times the largest error of PyTorch itself in the same precision
+NORM_OF_OWN = {
+    True: 1.5,
+    False: 8.0,
+}  # times the norm of PyTorch's own error: half precision; fp32 made of three tf32 products
 MOST = 1 << 28  # elements of one score matrix of the reference: 2 GB in fp64, of which about ten exist at once
 TIE = 1e-5  # block scores this close may be chosen either way (times the largest pooled logit, where that exceeds one nat)
 
@@ -69,25 +75,53 @@ class Masks:
         return complete[:, None], (complete & (first < start + self.own[..., None] * size))[:, None]
 
 
+class _FusedAttention(torch.autograd.Function):
+    """`oracle.attention`, rounded where fused kernels round: the output is kept in the inputs' precision, the weights are not."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, mask, scale):
+        weight = oracle.attention_weights(q.float(), k.float(), mask, scale)
+        v = v.repeat_interleave(q.shape[2] // v.shape[2], 2)
+        out = torch.einsum("bhnm,bmhd->bnhd", weight.to(q.dtype).float(), v.float()).to(q.dtype)
+        ctx.save_for_backward(q, k, v, mask, out)
+        ctx.scale = scale
+        return out
+
+    @staticmethod
+    def backward(ctx, d_out):
+        q, k, v, mask, out = ctx.saved_tensors
+        group, dtype = q.shape[2] // k.shape[2], q.dtype
+        q, wide, v, d_out = q.float(), k.float(), v.float(), d_out.float()
+        weight = oracle.attention_weights(q, wide, mask, ctx.scale)
+        delta = (d_out * out.float()).sum(-1).transpose(1, 2)[..., None]
+        d_score = (weight * (torch.einsum("bnhd,bmhd->bhnm", d_out, v) - delta)).to(dtype).float()
+        d_q = torch.einsum("bhnm,bmhd->bnhd", d_score, wide.repeat_interleave(group, 2)) * ctx.scale
+        d_k = torch.einsum("bhnm,bnhd->bmhd", d_score, q) * ctx.scale
+        d_v = torch.einsum("bhnm,bnhd->bmhd", weight.to(dtype).float(), d_out)
+        d_k, d_v = (x.unflatten(2, (-1, group)).sum(3).to(dtype) for x in (d_k, d_v))
+        return d_q.to(dtype), d_k, d_v, None, None
+
+
 class Streams:
     """Every stream of one call in plain PyTorch, in the dtype of its inputs; the two main ones are made once and shared.
 
     `count`: elements of the loss's mean, which may be more than the rows that are here.
     """
 
-    def __init__(self, leaves: Sequence[Tensor], masks: Masks, blocks: Tensor, scale: float, count: int):
+    def __init__(self, leaves: Sequence[Tensor], masks: Masks, blocks: Tensor, scale: float, count: int, fused: bool):
+        self.attention = _FusedAttention.apply if fused else oracle.attention
         self.q, self.k, self.v, self.gate = leaves
         self.masks, self.scale, self.count = masks, scale, count
-        self.full = oracle.attention(self.q, self.k, self.v, masks.full, scale)
-        self.sparse = oracle.attention(self.q, self.k, self.v, masks.sparse(blocks), scale)
+        self.full = self.attention(self.q, self.k, self.v, masks.full, scale)
+        self.sparse = self.attention(self.q, self.k, self.v, masks.sparse(blocks), scale)
 
     def window(self, width: int) -> Tensor:
-        return oracle.attention(self.q, self.k, self.v, self.masks.window(width), self.scale)
+        return self.attention(self.q, self.k, self.v, self.masks.window(width), self.scale)
 
     def compressed(self) -> Tensor:
         size = self.masks.spec.block_size
         kbar, vbar = (pooled_blocks(x, self.masks.doc_starts, size) for x in (self.k, self.v))
-        return oracle.attention(self.q, kbar, vbar, self.masks.pooled()[0], self.scale)
+        return self.attention(self.q, kbar, vbar, self.masks.pooled()[0], self.scale)
 
     def ssa(self, trunk: str) -> tuple[Tensor, Tensor]:
         full, sparse = (self.gate.to(x.dtype)[..., None] * x for x in (self.full, self.sparse))
@@ -120,31 +154,44 @@ class Error(NamedTuple):
     )
 
 
-def errors(what: str, got, truth, own, dtype: torch.dtype) -> list[Error]:
-    """`got`, `truth`, `own`: (outputs, gradients) as `results` returns. Without `own` its errors count as zero: the
-    strictest verdict, so that what passes need not be judged again."""
+def errors(what: str, got, truth, own: Sequence, dtype: torch.dtype) -> list[Error]:
+    """`got`, `truth`, and each of `own`: (outputs, gradients) as `results` returns. Without `own` PyTorch's errors count as
+    zero: the strictest verdict, so that what passes need not be judged again."""
     found = []
     for place, kind in enumerate(NORM):
         for i, (ours, right) in enumerate(zip(got[place], truth[place], strict=True)):
-            theirs = None if own is None else own[place][i]
-            found.append(Error(f"{what} {kind} {i}", kind, dtype, _numbers(ours, right, theirs)))
+            theirs = [x[place][i] for x in own]
+            least = _of_equal_streams(truth[0][0], dtype) if kind == "output" and i else None
+            found.append(Error(f"{what} {kind} {i}", kind, dtype, _numbers(ours, right, theirs, least)))
     return found
 
 
-def _numbers(got: Tensor, truth: Tensor, own: Tensor | None) -> Tensor:
+def _of_equal_streams(trunk: Tensor, dtype: torch.dtype) -> Tensor:
+    """The alignment loss of two streams that differ by their rounding alone: what a loss can be known to."""
+    unit = 0.5 * torch.finfo(dtype).eps if dtype in HALF else NORM_FP32
+    return unit**2 * trunk.double().square().mean()
+
+
+def _numbers(got: Tensor, truth: Tensor, own: Sequence[Tensor], least: Tensor | None) -> Tensor:
     truth = truth.double()
     norm, unit, largest = truth.norm(), truth.numel() ** 0.5, truth.abs().amax()
-    zero = norm <= 1e-6 * unit  # a truth of zero (a document of one token has no dq): errors count per element instead
-    size = torch.where(zero, torch.full_like(norm, unit), norm)
-    numbers = []
-    for x in (got, own):
-        error = torch.zeros_like(truth) if x is None else x.double() - truth
-        numbers += [error.norm() / size, error.abs().amax()]
-    ours, ours_max, theirs, theirs_max = numbers
-    finite = torch.isfinite(got).all().double()
-    return torch.stack(
-        [ours, theirs, ours_max, theirs_max, torch.where(zero, torch.ones_like(largest), largest), finite]
-    )
+    if least is None:
+        zero = norm <= 1e-6 * unit  # of a truth of zero (a document of one token has no dq) errors count per element
+        size = torch.where(zero, torch.full_like(norm, unit), norm)
+        largest = torch.where(zero, torch.ones_like(largest), largest)
+    else:
+        size, largest = torch.maximum(norm, least).clamp(min=1e-300), torch.maximum(largest, least)
+
+    def of(x: Tensor) -> Tensor:
+        error = x.double() - truth
+        return torch.stack([error.norm() / size, error.abs().amax()])
+
+    ours, theirs = of(got), torch.zeros(2, dtype=torch.float64, device=truth.device)
+    if least is not None:
+        theirs = torch.stack([least / size, least])
+    for x in own:
+        theirs = torch.maximum(theirs, of(x))
+    return torch.stack([ours[0], theirs[0], ours[1], theirs[1], largest, torch.isfinite(got).all().double()])
 
 
 class Verdict(NamedTuple):
@@ -163,9 +210,10 @@ class Verdict(NamedTuple):
 def verdicts(found: Sequence[Error], logit: float = 0.0) -> list[Verdict]:
     """The one host synchronisation. `logit`: the call's largest logit in nats; it scales what fp32 is allowed.
 
-    Half precision: the error's norm within `NORM`, or within PyTorch's own where that is larger (a softmax that is nearly one-hot
-    has gradients far below the rounding of its inputs); the largest error within `WORST` times PyTorch's own, which counts as at
-    least one unit in the last place of the largest true element, so that a lucky zero fails nobody. fp32: the norm alone.
+    Half precision: the error's norm within `NORM`, or within `NORM_OF_OWN` times PyTorch's own where that is larger (a softmax
+    that is nearly one-hot has gradients far below the rounding of what they are the difference of); the largest error within
+    `WORST` times PyTorch's own, which counts as at least one unit in the last place of the largest true element, so that a lucky
+    zero fails nobody. fp32: the norm alone.
     """
     if not found:
         return []
@@ -178,9 +226,9 @@ def _verdict(error: Error, row: list[float], logit: float) -> Verdict:
     if not finite:
         return Verdict(error.what, float("inf"), float("inf"), f"{error.what}: not finite")
     if error.dtype not in HALF:
-        allowed = NORM_FP32 * max(1.0, logit / CALM)
+        allowed = max(NORM_FP32 * max(1.0, logit / CALM), NORM_OF_OWN[False] * own_norm)
         return Verdict(error.what, norm / allowed, 0.0, f"{error.what}: norm {norm:.1e}, allowed {allowed:.1e}")
-    allowed = max(NORM[error.kind], own_norm)
+    allowed = max(NORM[error.kind], NORM_OF_OWN[True] * own_norm)
     reach = WORST[error.kind] * max(own_worst, torch.finfo(error.dtype).eps * largest)
     text = f"{error.what}: norm {norm:.1e}, allowed {allowed:.1e}; largest {worst:.1e}, allowed {reach:.1e}"
     return Verdict(error.what, norm / allowed, worst / reach, text)
@@ -242,7 +290,7 @@ def _parts(candidate: Tensor, base: Tensor, own: Tensor, spec: BlockSpec):
 
 def reference(
     names: Sequence[str], leaves: Sequence[Tensor], upstream: Tensor, masks: Masks, blocks: Tensor, scale: float,
-    loss_weight: float, dtype: torch.dtype, trunk: str = "full", width: int = 1, count: int | None = None,
+    loss_weight: float, dtype: torch.dtype, trunk: str = "full", width: int = 1, count: int | None = None, fused: bool = False,
 ) -> dict[str, tuple]:  # fmt: skip
     """`results` of the named streams ("full", "sparse", "ssa", "window", "compressed") in plain PyTorch in `dtype`.
 
@@ -251,7 +299,7 @@ def reference(
     leaves = [x.detach().to(dtype) for x in leaves]
     q, k, v, gate = leaves
     each = max(1, MOST // (q.shape[0] * q.shape[1] * k.shape[1]))
-    fixed = scale, loss_weight, trunk, width, count or q.numel()
+    fixed = scale, loss_weight, trunk, width, count or q.numel(), fused
     if each >= q.shape[2]:
         return _reference(names, leaves, upstream, masks, blocks, *fixed)
     parts = []
@@ -264,9 +312,17 @@ def reference(
     return {name: _joined([(h, part[name]) for h, part in parts], k.shape[2]) for name in names}
 
 
-def _reference(names, leaves, upstream, masks, blocks, scale, loss_weight, trunk, width, count) -> dict[str, tuple]:
+def yardsticks(names: Sequence[str], *inputs, dtype: torch.dtype, **kinds) -> dict[str, list[tuple]]:
+    """PyTorch itself in `dtype`, both ways: {stream: what `errors` takes as `own`}. Arguments are `reference`'s."""
+    ways = [reference(names, *inputs, dtype, fused=fused, **kinds) for fused in (False, True)]
+    return {name: [way[name] for way in ways] for name in names}
+
+
+def _reference(
+    names, leaves, upstream, masks, blocks, scale, loss_weight, trunk, width, count, fused
+) -> dict[str, tuple]:
     leaves = [x.detach().requires_grad_() for x in leaves]
-    streams = Streams(leaves, masks, blocks, scale, count)
+    streams = Streams(leaves, masks, blocks, scale, count, fused)
     calls = {
         "full": lambda: streams.full,
         "sparse": lambda: streams.sparse,

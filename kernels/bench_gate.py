@@ -37,10 +37,10 @@ def judge(contender: Contender, sample: Sample) -> str:
     kinds = {"trunk": contender.trunk, "count": q.numel()}
     got = _call(contender, sample, weight)
     mine = _part(got, rows, tail, b)
-    truth, own = (
-        _cut(accuracy.reference((contender.truth,), leaves, *fixed, dtype, **kinds)[contender.truth], tail, contender)
-        for dtype in (torch.float64, DTYPE)
-    )
+    name, inputs = contender.truth, (leaves, *fixed)
+    truth = _cut(accuracy.reference((name,), *inputs, torch.float64, **kinds)[name], tail, contender)
+    own = accuracy.yardsticks((name,), *inputs, dtype=DTYPE, **kinds)[name]
+    own = [_cut(x, tail, contender) for x in own]
     found = accuracy.verdicts(accuracy.errors(contender.what, mine, truth, own, DTYPE))
     failed = [v for v in found if v.failed]
     return max(failed, key=lambda v: max(v.of_norm, v.of_worst)).text if failed else ""

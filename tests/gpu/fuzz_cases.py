@@ -181,7 +181,7 @@ def check(c: Configuration, case: Case, device: str, judge: bool = True) -> Outc
     fixed = upstream, masks, blocks, scale, weight
     kinds = {"trunk": c.trunk, "width": c.width}
     truth = accuracy.reference(tuple(got), leaves, *fixed, torch.float64, **kinds)
-    dtype, own = DTYPES[c.dtype], dict.fromkeys(got)
+    dtype, own = DTYPES[c.dtype], dict.fromkeys(got, ())
     chosen = accuracy.selection(blocks, *leaves[:2], masks, scale)
     numbers = torch.stack([chosen.malformed.double(), chosen.gap.double(), same.double(), _logit(leaves, scale)])
     malformed, gap, same, logit = numbers.tolist()
@@ -192,8 +192,8 @@ def check(c: Configuration, case: Case, device: str, judge: bool = True) -> Outc
 
     verdicts = judged()
     again = tuple({v.what.split()[0]: None for v in verdicts if v.failed})
-    if again and dtype in accuracy.HALF:  # PyTorch's own error can only allow more: it is computed where that matters
-        own |= accuracy.reference(again, leaves, *fixed, dtype, **kinds)
+    if again:  # PyTorch's own error can only allow more: it is computed where that matters
+        own |= accuracy.yardsticks(again, leaves, *fixed, dtype=dtype, **kinds)
         verdicts = judged()
     verdicts.append(accuracy.Verdict("selection", gap, 0.0, f"selection: gap {gap:.2g} ties"))
     failures = [v.text for v in verdicts if v.failed]

@@ -112,7 +112,7 @@ def test_an_error_above_the_tolerance_fails_and_one_below_passes(dtype):
         def judged(x, place=place):
             pair = [([x], []), ([], [x])][place]
             right = [([truth], []), ([], [truth])][place]
-            theirs = None if own is None else [([own], []), ([], [own])][place]
+            theirs = [] if own is None else [[([own], []), ([], [own])][place]]
             return accuracy.verdicts(accuracy.errors("x", pair, right, theirs, dtype))[0]
 
         assert judged(truth + 1.2 * limit * noise).failed
@@ -123,3 +123,27 @@ def test_an_error_above_the_tolerance_fails_and_one_below_passes(dtype):
         poisoned = truth.clone()
         poisoned[0, 0] = float("nan")
         assert judged(poisoned).failed
+
+
+def test_attention_rounded_as_fused_kernels_round_is_attention():
+    """In fp64, where rounding is nothing, the second yardstick is the first."""
+    leaves, upstream, spec, masks, options = build(CASES[2])
+    blocks = oracle.select_blocks(*(x.detach() for x in leaves[:2]), spec, 8**-0.5, **options)
+    names = ("full", "sparse", "ssa", "window", "compressed")
+    fixed = names, leaves, upstream, masks, blocks, 8**-0.5, 3.0
+    ways = accuracy.yardsticks(*fixed, dtype=torch.float64, trunk="full", width=9)
+    for plain, fused in ways.values():
+        for a, b in zip([*plain[0], *plain[1]], [*fused[0], *fused[1]], strict=True):
+            torch.testing.assert_close(a, b, atol=2e-6, rtol=2e-6)  # the fused way computes in fp32
+
+
+def test_equal_streams_may_differ_by_their_rounding_and_no_more():
+    """An alignment loss of streams that are equal is what two roundings of them differ by, squared."""
+    rng = torch.Generator().manual_seed(0)
+    trunk = torch.randn(4096, generator=rng, dtype=torch.float64)
+    truth = ([trunk, torch.tensor(1e-9, dtype=torch.float64)], [])
+    rounded = (trunk.bfloat16().double() - trunk).square().mean() * 2
+    for loss, fails in ((rounded, False), (30 * rounded, True)):
+        got = ([trunk.bfloat16(), loss], [])
+        found = accuracy.verdicts(accuracy.errors("ssa", got, truth, [truth], torch.bfloat16))
+        assert found[1].failed == fails

@@ -103,7 +103,7 @@ else:
         masks = accuracy.Masks(*leaves[:2], spec, None, None)
         fixed = ("ssa",), leaves, upstream.to(dtype), masks, blocks, scale, weight
         truth = accuracy.reference(*fixed, torch.float64, trunk="sparse", width=1)
-        own = accuracy.reference(*fixed, dtype, trunk="sparse", width=1) if dtype in accuracy.HALF else {"ssa": None}
+        own = accuracy.yardsticks(*fixed, dtype=dtype, trunk="sparse", width=1)
         found = accuracy.errors("ssa", got["ssa"], truth["ssa"], own["ssa"], dtype)
         failed = [verdict.text for verdict in accuracy.verdicts(found, 40.0) if verdict.failed]
         assert not failed, "\n".join(failed)

@@ -22,7 +22,7 @@ def check(leaves, upstream, spec, options, names, trunk="full", logit=0.0):
     fixed = names, leaves, upstream, masks, blocks, scale, loss_weight(upstream)
     kinds = {"trunk": trunk, "width": WIDTH}
     truth = accuracy.reference(*fixed, torch.float64, **kinds)
-    own = accuracy.reference(*fixed, dtype, **kinds) if dtype in accuracy.HALF else dict.fromkeys(names)
+    own = accuracy.yardsticks(*fixed, dtype=dtype, **kinds)
     found = [e for name in names for e in accuracy.errors(name, got[name], truth[name], own[name], dtype)]
     failed = [v.text for v in accuracy.verdicts(found, logit) if v.failed]
     assert not failed, "\n".join(failed)

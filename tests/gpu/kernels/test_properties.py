@@ -160,11 +160,11 @@ def test_more_than_two_to_the_31_elements():
         )
         mine = [outputs[0][-1:, rows]], [x[-1:, -tail:] if i in (1, 2) else x[-1:, rows] for i, x in enumerate(grads)]
         del outputs, grads
-        right, theirs = (
-            accuracy.reference((name,), *fixed, dtype, count=q.numel())[name]
-            for dtype in (torch.float64, torch.bfloat16)
-        )
-        cut = [(o[:1], [x[:, -tail:] if i in (1, 2) else x for i, x in enumerate(g)]) for o, g in (right, theirs)]
-        found += accuracy.errors(name, mine, *cut, torch.bfloat16)
+        right = accuracy.reference((name,), *fixed, torch.float64, count=q.numel())[name]
+        theirs = accuracy.yardsticks((name,), *fixed, dtype=torch.bfloat16, count=q.numel())[name]
+        right, *theirs = [
+            (o[:1], [x[:, -tail:] if i in (1, 2) else x for i, x in enumerate(g)]) for o, g in (right, *theirs)
+        ]
+        found += accuracy.errors(name, mine, right, theirs, torch.bfloat16)
     failed = [v.text for v in accuracy.verdicts(found) if v.failed]
     assert not failed, "\n".join(failed)
