@@ -138,6 +138,21 @@ def export_run(
     print(export(run, out, step=step, dtype=dtype))
 
 
+@app.command("import")
+def import_model(
+    folder: Annotated[Path, typer.Argument(help="Hugging Face folder: of `ssa export`, Llama, or the authors'")],
+    run: Annotated[Path, typer.Argument(help="run folder to make; must not exist")],
+    overrides: Overrides = None,
+    tokenizer: Annotated[Path | None, typer.Option(help="where the folder has none that can be used")] = None,
+) -> None:
+    """Turn a Hugging Face folder into a run folder with its weights as step 0 and a recipe to train on with."""
+    from ssa_megatron.hf.importing import import_folder
+
+    recipe = import_folder(folder, run, overrides or (), tokenizer=tokenizer)
+    print(f"{run}: {recipe.attention.kind} model at step 0; prepare data with the tokenizer in it, then")
+    print(f"  ssa train {run / 'recipe.yaml'} data.path=DATA --run-folder {run}")
+
+
 @app.command()
 def generate(
     folder: Annotated[Path, typer.Argument(help="Hugging Face folder written by `ssa export`")],

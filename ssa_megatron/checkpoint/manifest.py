@@ -41,6 +41,11 @@ class Manifest:
     files: dict[str, StoredFile]
     tensors: dict[str, dict[str, dict]]
 
+    @property
+    def is_start(self) -> bool:
+        """Weights from elsewhere, before the first step: no counters, no data position, no moments (start.py)."""
+        return not self.state
+
     def to_json(self) -> str:
         values = {"format": FORMAT, **asdict(self)}
         return json.dumps({**values, "sha256": _sha256(values)}, indent=1)

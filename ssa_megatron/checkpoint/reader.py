@@ -189,9 +189,10 @@ def newest_valid(run: Path, context: ParallelContext) -> tuple[Checkpoint | None
 def load_into(checkpoint: Checkpoint, optimizer: ShardedOptimizer, *, applied_steps: int) -> None:
     """Fill this rank's masters and moments, refresh the working weights, and check that they equal the file's."""
     stored = []
+    kinds = ("master",) if checkpoint.content.is_start else ("master", "exp_avg", "exp_avg_sq")  # moments begin at zero
     for fragment in optimizer.fragments():
         stored.append([])
-        for kind in ("master", "exp_avg", "exp_avg_sq"):
+        for kind in kinds:
             for target, values in _fragment_values(checkpoint, fragment, kind):
                 getattr(fragment, kind)[target] = values.to(fragment.master.device)
                 stored[-1].append((kind, target, _bit_sum(values)))

@@ -88,7 +88,7 @@ class PendingCheckpoint:
                     "recipe_digest": digest(self._recipe),
                 }
                 manifest = Manifest(**about, **_merge([file for _, share in shares for file in share]))
-                _rename(self._temporary, self._final, manifest)
+                commit(self._temporary, self._final, manifest)
             except OSError as problem:
                 error = f"rank 0: {problem}"
         if error := context.agree(error):
@@ -97,7 +97,7 @@ class PendingCheckpoint:
             return f"not written: {error}"
         if context.is_writer:
             try:
-                _point_latest_at(self._final)
+                point_latest_at(self._final)
             except OSError as problem:  # a signpost for people: loaders look at the folders themselves
                 error = f"committed, but `{LATEST}` could not be pointed at it: {problem}"
         return context.agree(error)
@@ -191,7 +191,8 @@ def _merge(share: list[tuple[str, StoredFile, dict[str, dict]]]) -> dict:
     return {"files": {file: stored for file, stored, _ in share}, "tensors": tensors}
 
 
-def _rename(temporary: Path, final: Path, manifest: Manifest) -> None:
+def commit(temporary: Path, final: Path, manifest: Manifest) -> None:
+    """Make a folder of complete files a checkpoint: manifest, fsync, one rename. Raises OSError."""
     write_durably(temporary / MANIFEST, manifest.to_json())
     sync_folder(temporary)
     if final.exists():  # an earlier, rejected attempt at the same step
@@ -200,5 +201,5 @@ def _rename(temporary: Path, final: Path, manifest: Manifest) -> None:
     sync_folder(final.parent)
 
 
-def _point_latest_at(final: Path) -> None:
+def point_latest_at(final: Path) -> None:
     replace_durably(final.parent / LATEST, final.name + "\n")

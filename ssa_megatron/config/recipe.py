@@ -35,7 +35,7 @@ def load_recipe(name_or_path: str, overrides: Iterable[str] = ()) -> Recipe:
     """
     values = _read_yaml(name_or_path)
     for override in overrides:
-        _apply_override(values, override)
+        apply_override(values, override)
     return resolve(values, origin=str(name_or_path))
 
 
@@ -113,7 +113,8 @@ def _read_yaml(name_or_path: str) -> dict:
     return values
 
 
-def _apply_override(values: dict, override: str) -> None:
+def apply_override(values: dict, override: str) -> None:
+    """Write one `section.field=value` into nested values. Raises ConfigError when it is not of that form."""
     key, separator, text = override.partition("=")
     parts = key.split(".")
     if not separator or not all(parts):

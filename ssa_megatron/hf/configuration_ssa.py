@@ -24,7 +24,8 @@ class SSAConfig(PretrainedConfig):
     """See the arguments' names; sizes are those of the paper's 1B model where no value is given.
 
     `block_size` tokens make a block and each token attends to `block_count` of them in sparse mode, its own included.
-    `window` (tokens) is used by `nsa`, `alignment_weight` by `ssa` in training. `inference_mode` is what a forward runs
+    `window` (tokens) is used by `nsa`; `alignment_weight` and `sparse_probability` (how often the residual follows the
+    sparse stream) by `ssa` in training. `inference_mode` is what a forward runs
     unless it is told otherwise: "full" attends to everything, "sparse" to the selected blocks; None means sparse for
     moba and nsa (they train that way) and full for the others.
     """
@@ -53,6 +54,7 @@ class SSAConfig(PretrainedConfig):
         topk="exact",
         window=128,
         alignment_weight=10.0,
+        sparse_probability=0.5,
         inference_mode=None,
         use_cache=True,
         tie_word_embeddings=True,
@@ -77,6 +79,7 @@ class SSAConfig(PretrainedConfig):
         self.topk = check_choice("topk", topk, TOPK)
         self.window = window
         self.alignment_weight = alignment_weight
+        self.sparse_probability = sparse_probability
         if inference_mode is None:
             inference_mode = "sparse" if attention_kind in ("moba", "nsa") else "full"
         self.inference_mode = check_choice("inference_mode", inference_mode, MODES)

@@ -105,6 +105,7 @@ def config_of(recipe: dict) -> SSAConfig:
             topk=attention["topk"],
             window=attention["window"],
             alignment_weight=attention["alignment_weight"],
+            sparse_probability=attention["sparse_probability"],
         )
     except KeyError as error:
         raise CheckpointError(
@@ -197,6 +198,8 @@ def _write_tokenizer(checkpoint, config: SSAConfig, folder: Path) -> dict:
             remedy=f"restore the one with fingerprint {fingerprint[:12]}...",
         )
     marks = write_tokenizer(path, folder, max_length=config.max_position_embeddings)
+    if Path(path).suffix == ".model":  # what tokenizer.json was made from: `ssa import` and other SentencePiece readers
+        shutil.copyfile(path, folder / "tokenizer.model")
     if marks["vocab_size"] > config.vocab_size:
         raise DataProblem(f"the tokenizer has {marks['vocab_size']} pieces, the model {config.vocab_size} embeddings")
     return marks

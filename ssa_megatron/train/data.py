@@ -85,7 +85,8 @@ def ledger_of_step(run: Path, step: int) -> Iterator[dict]:
     rows, size = open_stream(recipe, 0, 1), recipe.train.global_batch_rows
     begin = (step - 1) * size
     if (run / "checkpoints").is_dir():
-        state = Checkpoint.open(run).content.state["data"]
+        content = Checkpoint.open(run).content
+        state = rows.state_dict() if content.is_start else content.state["data"]
         if begin < state["origin"]["row"]:
             change = state["changes"][-1]
             raise ConfigError(

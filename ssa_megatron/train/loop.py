@@ -11,6 +11,7 @@ import torch
 
 from pipelines.errors import DataError
 from ssa_megatron.checkpoint.reader import load_into, newest_valid
+from ssa_megatron.checkpoint.start import check_start
 from ssa_megatron.config import Recipe, digest
 from ssa_megatron.errors import (
     EXIT_REQUEUE,
@@ -174,7 +175,9 @@ def _restore(run, recipe, fingerprint, optimizer, rows, context, console: Consol
     if checkpoint is None:
         return Progress()
     content = checkpoint.content
-    if content.recipe_digest != digest(recipe):
+    if content.is_start:
+        check_start(checkpoint, recipe)
+    elif content.recipe_digest != digest(recipe):
         raise CheckpointError(
             f"{checkpoint.folder} was written with another recipe", remedy="give another folder with --run-folder"
         )
@@ -185,7 +188,8 @@ def _restore(run, recipe, fingerprint, optimizer, rows, context, console: Consol
             remedy="give the data the run was started with",
         )
     state = dict(content.state)
-    rows.load_state_dict(state.pop("data"), accept_changes=recipe.data.accept_changes)
+    if not content.is_start:
+        rows.load_state_dict(state.pop("data"), accept_changes=recipe.data.accept_changes)
     progress = Progress(**state)
     if progress.skipped_in_a_row >= recipe.train.max_skipped_steps:
         raise TrainingStopped(

@@ -45,6 +45,7 @@ def test_folder_has_everything_a_reader_needs(folder, run):
     assert names == {
         *("config.json", "generation_config.json", "configuration_ssa.py", "modeling_ssa.py", "model.safetensors"),
         *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "README.md", "parity.json"),
+        "tokenizer.model",
     }
     config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
     assert (config.model_type, config.attention_kind, config.block_count) == ("ssa", "ssa", 3)

@@ -387,7 +387,7 @@ def test_a_pointer_that_cannot_be_written_is_told_and_the_checkpoint_counts(run,
     def refuse(final):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(writer, "_point_latest_at", refuse)
+    monkeypatch.setattr(writer, "point_latest_at", refuse)
     assert "committed, but `latest` could not be pointed at it" in save(run, trained, alone, 4)
     assert newest_valid(run, alone)[0].content.step == 4
     prune(run, 1, newest=99)
