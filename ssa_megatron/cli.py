@@ -49,6 +49,10 @@ def train(
     ] = None,
 ) -> None:
     """Pretrain, or continue the run in the folder. Alone in one process, or on many under torchrun."""
+    from ssa_megatron.train.requests import parse_range
+    from ssa_megatron.train.signals import StopRequest
+
+    stop = StopRequest().listen()  # before anything slow: a signal may come at any time
     from ssa_megatron.config import load_recipe
 
     resolved = load_recipe(recipe, overrides or ())
@@ -62,9 +66,8 @@ def train(
     if int(os.environ.get("RANK", "0")) == 0:  # the imports below take seconds, and silence looks like a hang
         print(f"ssa {__version__}: recipe {resolved.name}, {world_size()} process(es); loading libraries", flush=True)
     from ssa_megatron.train.loop import train as run_training
-    from ssa_megatron.train.profiler import parse_range
 
-    raise typer.Exit(run_training(resolved, folder, profile_steps=parse_range(profile)))
+    raise typer.Exit(run_training(resolved, folder, stop=stop, profile_steps=parse_range(profile)))
 
 
 @app.command()

@@ -239,6 +239,24 @@ class Logging(Section):
     tensorboard: bool = True
 
 
+class Watchdog(Section):
+    """Signs of life of every rank in RUN/heartbeats/, and how long silence and standstill are borne."""
+
+    heartbeat: float = Field(1.0, ge=0.1, le=60)
+    """Seconds between two signs of life; 5 for more than a thousand ranks on one file system."""
+    silence: float = Field(60.0, ge=1)
+    """Seconds without a sign of life from a rank (stopped, dead, its node lost) after which the job ends with exit code 8."""
+    stuck: float = Field(300.0, ge=0)
+    """Seconds in which no rank enters another phase, after which the job ends with exit code 8: longer than the longest
+    evaluation, shorter than the 600 of a collective. 0 leaves it to the collectives."""
+
+    @model_validator(mode="after")
+    def _consistent(self):
+        if self.silence < 3 * self.heartbeat + 2.5:
+            raise ValueError(f"silence={self.silence} is too short for heartbeat={self.heartbeat}: 3 of them and 2.5 s")
+        return self
+
+
 class Recipe(Section):
     """A whole run. `name` names the run folder where none is given."""
 
@@ -253,6 +271,7 @@ class Recipe(Section):
     train: Train
     checkpoint: Checkpoint = Checkpoint()
     logging: Logging = Logging()
+    watchdog: Watchdog = Watchdog()
 
     @model_validator(mode="after")
     def _consistent(self):

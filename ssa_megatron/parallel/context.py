@@ -67,6 +67,12 @@ class ParallelContext:
         """The one rank that writes logs, metrics and manifests."""
         return self.rank == 0
 
+    def describe(self) -> str:
+        """`tensor 2, data 4`: the sizes that are not 1, and the data-parallel one."""
+        names = ("tensor", "pipeline", "context", "data")
+        sizes = {name: getattr(self, f"{name}_size") for name in names}
+        return ", ".join(f"{name} {size}" for name, size in sizes.items() if size > 1 or name == "data")
+
     def barrier(self) -> None:
         dist.barrier(group=self.host_group)
 
@@ -107,13 +113,13 @@ class ParallelContext:
         dist.all_gather_object(values, value, group=self.host_group)
         return values
 
-    def any(self, flag: bool) -> bool:
-        """Whether `flag` holds on some rank; the same answer on all."""
-        box = torch.tensor([int(flag)], dtype=torch.int32)
+    def most(self, *values: int) -> list[int]:
+        """For each value the largest that a rank has; the same answer on all."""
+        box = torch.tensor(values, dtype=torch.int64)
         dist.all_reduce(box, op=dist.ReduceOp.MAX, group=self.host_group)
-        return bool(box.item())
+        return box.tolist()
 
-    def sum(self, value: float, error: Exception | None = None) -> float:
+    def sum(self, value: float, error: BaseException | None = None) -> float:
         """The sum of `value` over data- and context-parallel ranks (equal on tensor- and pipeline-parallel ones), fp64.
 
         The same on every rank; if a rank has an error, all raise it.

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from pipelines import DatasetInfo, Tokenizer, TrainStream
 from pipelines.errors import DataError
 from ssa_megatron.checkpoint.reader import load_into, newest_valid
 from ssa_megatron.checkpoint.start import check_start
@@ -24,16 +25,18 @@ from ssa_megatron.errors import (
 from ssa_megatron.model.build import build_model
 from ssa_megatron.parallel import context as parallel
 from ssa_megatron.parallel import cpu
+from ssa_megatron.parallel.context import ParallelContext
 from ssa_megatron.train.console import Console
 from ssa_megatron.train.data import describe, open_data, open_stream
 from ssa_megatron.train.evaluation import evaluate
+from ssa_megatron.train.heartbeat import Heartbeat
 from ssa_megatron.train.metrics import Metrics
 from ssa_megatron.train.profiler import StepProfiler
 from ssa_megatron.train.restarts import Attempt
-from ssa_megatron.train.run_folder import claim
+from ssa_megatron.train.run_folder import RunFolder, claim
 from ssa_megatron.train.saving import Saver
 from ssa_megatron.train.schedule import learning_rate
-from ssa_megatron.train.signals import StopRequest
+from ssa_megatron.train.signals import StopAsked, StopRequest
 from ssa_megatron.train.step import train_step
 from ssa_megatron.zero.optimizer import ShardedOptimizer
 
@@ -52,37 +55,53 @@ class Progress:
     """Tokens in all rows consumed."""
 
 
-def train(recipe: Recipe, run: Path, *, profile_steps: range = range(0)) -> int:
-    """Train to the end, or to a signal. Returns the exit code: 0, or 75 when a signal asked for an orderly end.
+def train(recipe: Recipe, run: Path, *, stop: StopRequest, profile_steps: range = range(0)) -> int:
+    """Train to the end, or until `stop` asks for an orderly one. Returns the exit code: 0, or 75 to be started again.
 
-    profile_steps: steps to record into RUN/profile/, numbered from 1.
+    stop: already listening. profile_steps: steps to record into RUN/profile/, numbered from 1.
     """
     infos, tokenizer = open_data(recipe)
+    stop.meeting()
     context = parallel.initialize(recipe)
-    stop = StopRequest().listen()
+    stop.met()
     if recipe.attention.backend == "triton" and context.device.type == "cpu":
         raise ConfigError("attention.backend=triton needs a CUDA device", remedy="attention.backend=auto")
     console = Console(total_steps=recipe.train.steps, interval=recipe.logging.interval, enabled=context.is_writer)
-    sizes = ", ".join(
-        f"{name} {size}"
-        for name, size in (
-            ("tensor", context.tensor_size),
-            ("pipeline", context.pipeline_size),
-            ("context", context.context_size),
-            ("data", context.data_size),
-        )
-        if size > 1 or name == "data"
-    )
-    console.phase(f"{context.world} process(es) on {context.device.type}, {sizes}")
+    console.phase(f"{context.world} process(es) on {context.device.type}, {context.describe()}")
     rows = context.together(lambda: open_stream(recipe, context.data_rank, context.data_size))
     folder = claim(run, recipe, context)
     if recipe.train.deterministic:
         torch.use_deterministic_algorithms(True)
+    with Heartbeat(run, context, stop, recipe.watchdog) as beat:
+        try:
+            beat.exit_code = _train(recipe, folder, rows, infos, tokenizer, context, console, beat, stop, profile_steps)
+        except StopAsked as asked:
+            console.say(f"stopped by {asked}; the same command continues")
+            beat.exit_code = EXIT_REQUEUE
+        parallel.finalize()
+    return beat.exit_code
 
+
+def _train(
+    recipe: Recipe,
+    folder: RunFolder,
+    rows: TrainStream,
+    infos: dict[str, DatasetInfo],
+    tokenizer: Tokenizer,
+    context: ParallelContext,
+    console: Console,
+    beat: Heartbeat,
+    stop: StopRequest,
+    profile_steps: range,
+) -> int:
+    """Raises StopAsked, on all ranks, for a stop that finds everything committed that there is to commit."""
+    run = folder.path
+    _enter("build", context, beat, stop)
     model = build_model(recipe, context)
     count = sum(p.numel() for p in model.parameters())  # now: ZeRO-3 leaves them empty
     optimizer = ShardedOptimizer(model, recipe, context)
     console.phase(f"model built: {recipe.attention.kind} attention, {count:,} parameters on this rank")
+    _enter("restore", context, beat, stop)
     progress = _restore(run, recipe, tokenizer.fingerprint, optimizer, rows, context, console)
     context.on_writer(lambda: folder.record(recipe, tokenizer.files, optimizer.config, context))
     console.phase(f"data: {describe(infos)}; starting at step {progress.step}")
@@ -93,32 +112,43 @@ def train(recipe: Recipe, run: Path, *, profile_steps: range = range(0)) -> int:
         lambda: Metrics(folder.metrics, resume_step=progress.step, tensorboard=board) if context.is_writer else None
     )
     saver = Saver(run, optimizer, recipe, context, console, tokenizer.fingerprint)
-    profiler = StepProfiler(profile_steps, folder.path / "profile", context)
+    saver.newest = progress.step
+    profiler = StepProfiler(profile_steps, run / "profile", context)
+    _enter("first step", context, beat, stop)
     console.start()
     try:
         while progress.step < recipe.train.steps:
             profiler.before(progress.step + 1)
-            values = _one_step(model, optimizer, rows, recipe, context, progress, console, saver)
+            values = _one_step(model, optimizer, rows, recipe, context, progress, console, saver, beat, stop)
             done = progress.step
             if written := profiler.after(done):
                 console.say(written)
             last = done == recipe.train.steps
             interval = recipe.train.eval_interval
             if interval and (done % interval == 0 or last):
+                beat.phase("evaluation", done)
                 found = evaluate(model, recipe, context)
                 values |= {f"eval/{name}": value for name, value in found.items()}
                 console.say("  evaluation: " + "  ".join(f"{name} {value:.4f}" for name, value in found.items()))
             if metrics is not None and (problem := metrics.write(done, values)):
                 console.say(problem)
-            stopping = context.any(stop.received is not None)
+            beat.values = {"step": done, **values}
+            # one agreement a step: to stop, and on the profile that a person asked the writer rank for
+            beat.phase("agreement", done)
+            asked, beat.asked = beat.asked, range(0)
+            stopping, first, end = context.most(stop.reason is not None, asked.start, asked.stop)
+            if end:
+                profiler.ask(first, end - 1)
+                console.say(f"  a profile of steps {first} to {end - 1} was asked for")
             if done % recipe.checkpoint.interval == 0 or last or stopping:
+                beat.phase("save", done)
                 saver.begin(progress, rows.state_dict())
-                at_once = last or stopping or not recipe.checkpoint.asynchronous
-                if at_once and not saver.finish() and (last or stopping):
-                    raise EnvironmentProblem(
-                        f"the run ends at step {done} and its checkpoint could not be written (see above)",
-                        remedy=f"make room at {run}, then give the same command again",
-                    )
+                if (
+                    (last or stopping or not recipe.checkpoint.asynchronous)
+                    and not saver.finish()
+                    and (last or stopping)
+                ):
+                    raise _unsaved(run, done)
             if progress.skipped_in_a_row >= recipe.train.max_skipped_steps:
                 raise TrainingStopped(
                     f"{progress.skipped_in_a_row} steps in a row had a non-finite loss or gradient; the last is step "
@@ -127,15 +157,13 @@ def train(recipe: Recipe, run: Path, *, profile_steps: range = range(0)) -> int:
                     remedy="look at those rows and at the learning rate; to go on from an earlier step, move newer "
                     f"checkpoints out of {run / 'checkpoints'}",
                 )
-            if stopping:
-                who = stop.received.name if stop.received else "a signal to another rank"
-                console.say(f"stopped by {who} at step {done}; the same command continues")
-                break
+            if stopping and not last:
+                raise StopAsked(f"{stop.reason or 'a signal to another rank'} at step {done}")
         if context.is_writer:
-            attempt.end("done" if progress.step == recipe.train.steps else "stopped by a signal")
-    except (SSAError, DataError) as error:
+            attempt.end("done")
+    except (SSAError, DataError, StopAsked) as error:
         if context.is_writer:
-            attempt.end(str(error).partition("\n")[0])
+            attempt.end(("stopped by " if isinstance(error, StopAsked) else "") + str(error).partition("\n")[0])
         raise
     finally:
         saver.close()
@@ -143,9 +171,6 @@ def train(recipe: Recipe, run: Path, *, profile_steps: range = range(0)) -> int:
         if metrics is not None:
             metrics.close()
         rows.close()
-    parallel.finalize()
-    if progress.step < recipe.train.steps:
-        return EXIT_REQUEUE
     memory = cpu.peak_memory() / 2**30
     console.phase(
         f"done: {recipe.train.steps} steps, {progress.tokens:,} tokens, {memory:.2f} GiB at most; run folder {run}"
@@ -153,9 +178,38 @@ def train(recipe: Recipe, run: Path, *, profile_steps: range = range(0)) -> int:
     return 0
 
 
-def _one_step(model, optimizer, rows, recipe, context, progress: Progress, console: Console, saver: Saver) -> dict:
-    lr = learning_rate(recipe, progress.applied_steps)
-    result = train_step(model, optimizer, rows, recipe, context, step=progress.step, lr=lr, before_update=saver.finish)
+def _enter(phase: str, context: ParallelContext, beat: Heartbeat, stop: StopRequest) -> None:
+    """A phase of start-up begins, unless a rank was asked to stop: nothing of this start is worth a checkpoint yet."""
+    beat.phase(phase, 0)
+    if context.most(stop.reason is not None)[0]:
+        raise StopAsked(f"{stop.reason or 'a signal to another rank'} before training went on; nothing to save")
+
+
+def _one_step(
+    model, optimizer, rows, recipe, context, progress: Progress, console: Console, saver: Saver, beat: Heartbeat, stop
+) -> dict:
+    lr, position = learning_rate(recipe, progress.applied_steps), rows.samples_seen
+    try:
+        result = train_step(
+            model,
+            optimizer,
+            rows,
+            recipe,
+            context,
+            step=progress.step,
+            lr=lr,
+            before_update=saver.finish,
+            phase=lambda name: beat.phase(name, progress.step + 1),
+            drawing=stop.interruptible,
+        )
+    except StopAsked as asked:  # while a rank waited for data: the run is where the step before left it
+        beat.phase("save", progress.step)
+        if saver.newest != progress.step:
+            rows.samples_seen = position
+            saver.begin(progress, rows.state_dict())
+        if not saver.finish():
+            raise _unsaved(saver.run, progress.step) from None
+        raise StopAsked(f"{asked} at step {progress.step}, waiting for data") from None
     tokens = recipe.train.global_batch_rows * recipe.train.sequence_length
     progress.step += 1
     progress.tokens += tokens
@@ -166,6 +220,13 @@ def _one_step(model, optimizer, rows, recipe, context, progress: Progress, conso
     speed, seconds = console.step(progress.step, tokens, values)
     measured = {"tokens_per_second": round(speed, 1), "seconds": round(seconds, 4), "peak_memory": cpu.peak_memory()}
     return {**values, **measured, "checkpoint_wait": round(saver.waited, 4)}
+
+
+def _unsaved(run: Path, step: int) -> EnvironmentProblem:
+    return EnvironmentProblem(
+        f"the run ends at step {step} and its checkpoint could not be written (see above)",
+        remedy=f"make room at {run}, then give the same command again",
+    )
 
 
 def _restore(run, recipe, fingerprint, optimizer, rows, context, console: Console) -> Progress:

@@ -1,4 +1,4 @@
-"""A profile of steps a to b on demand: `ssa train ... --profile a:b` leaves a trace and a table in RUN/profile/.
+"""A profile of steps a to b, into RUN/profile/: `ssa train ... --profile a:b`, or `ssa profile RUN a:b` for a running job.
 
 One rank of each model-parallel position records (data-parallel rank 0), so that every pipeline stage is seen once. Steps
 outside the range run without the profiler; the figures of steps inside it are slower and not for quoting.
@@ -9,18 +9,7 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from ssa_megatron.errors import ConfigError
 from ssa_megatron.parallel.context import ParallelContext
-
-
-def parse_range(text: str | None) -> range:
-    """`a:b`, both included, 1 <= a <= b -> range; None -> no steps. Raises ConfigError."""
-    if text is None:
-        return range(0)
-    first, _, last = text.partition(":")
-    if not (first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
-        raise ConfigError(f"--profile {text} is not a range of steps", remedy="--profile 10:12, counted from 1")
-    return range(int(first), int(last) + 1)
 
 
 class StepProfiler:
@@ -29,10 +18,14 @@ class StepProfiler:
     def __init__(self, steps: range, folder: Path, context: ParallelContext):
         self.steps, self.folder, self.context = steps, folder, context
         self._recorder: profile | None = None
-        self.enabled = len(steps) > 0 and context.data_rank == 0
+
+    def ask(self, first: int, last: int) -> None:
+        """Record these steps instead, unless a profile is being recorded."""
+        if self._recorder is None:
+            self.steps = range(first, last + 1)
 
     def before(self, step: int) -> None:
-        if self.enabled and step in self.steps and self._recorder is None:
+        if step in self.steps and self.context.data_rank == 0 and self._recorder is None:
             on_gpu = [ProfilerActivity.CUDA] if self.context.device.type == "cuda" else []
             self._recorder = profile(activities=[ProfilerActivity.CPU, *on_gpu])
             self._recorder.start()
@@ -47,14 +40,17 @@ class StepProfiler:
         """Also for a run that stops inside the range: what was recorded is kept."""
         if self._recorder is None:
             return None
-        recorder, self._recorder, self.enabled = self._recorder, None, False
+        recorder, self._recorder = self._recorder, None
         if self.context.device.type == "cuda":
             torch.cuda.synchronize()
         recorder.stop()
-        self.folder.mkdir(parents=True, exist_ok=True)
         stem = f"steps-{self.steps[0]}-{self.steps[-1]}-rank-{self.context.rank}"
         order = "self_cuda_time_total" if self.context.device.type == "cuda" else "self_cpu_time_total"
         table = recorder.key_averages().table(sort_by=order, row_limit=60, max_name_column_width=80)
-        (self.folder / f"{stem}.txt").write_text(table)
-        recorder.export_chrome_trace(str(self.folder / f"{stem}.json.gz"))
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / f"{stem}.txt").write_text(table)
+            recorder.export_chrome_trace(str(self.folder / f"{stem}.json.gz"))
+        except OSError as problem:  # a person's curiosity must not end the run
+            return f"  profile NOT written: {problem}"
         return f"  profile written: {self.folder / stem}.txt and .json.gz (chrome://tracing, Perfetto)"

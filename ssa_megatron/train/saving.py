@@ -27,12 +27,14 @@ class Saver:
         console: Console,
         tokenizer_fingerprint: str,
     ):
-        self._run, self._optimizer, self._recipe, self._context = run, optimizer, recipe, context
+        self.run, self._optimizer, self._recipe, self._context = run, optimizer, recipe, context
         self._console, self._fingerprint = console, tokenizer_fingerprint
         self._pending: PendingCheckpoint | None = None
         self._began, self._keep = 0.0, True
         self.waited = 0.0
         """Seconds that the last `finish` held the training thread."""
+        self.newest = 0
+        """The step whose checkpoint is committed, or was begun and has not failed."""
 
     def begin(self, progress, data: dict) -> None:
         """Begin the checkpoint of `progress.step`; `data` is the stream's position."""
@@ -44,9 +46,9 @@ class Saver:
                 f"  no checkpoint at step {progress.step}: it was skipped, and older checkpoints are the safer ones"
             )
             return
-        self._began = time.monotonic()
+        self._began, self.newest = time.monotonic(), progress.step
         self._pending = PendingCheckpoint(
-            self._run,
+            self.run,
             self._optimizer,
             self._recipe,
             self._context,
@@ -63,9 +65,10 @@ class Saver:
         waiting = time.monotonic()
         problem = pending.finish()
         if self._context.is_writer and self._keep and not problem:
-            prune(self._run, self._recipe.checkpoint.keep, newest=pending.step)
+            prune(self.run, self._recipe.checkpoint.keep, newest=pending.step)
         self.waited = time.monotonic() - waiting
         if problem:
+            self.newest = self.newest if problem.startswith("committed") else 0
             self._console.say(f"CHECKPOINT of step {pending.step} {problem}; older checkpoints are intact")
             return problem.startswith("committed")
         took = time.monotonic() - self._began

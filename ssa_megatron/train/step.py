@@ -6,6 +6,7 @@ the cut into micro-batches changes it. A non-finite loss is seen by all ranks in
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -49,23 +50,32 @@ def train_step(
     step: int,
     lr: float,
     before_update: Callable[[], object] = lambda: None,
+    phase: Callable[[str], object] = lambda name: None,
+    drawing: Callable[[], AbstractContextManager] = nullcontext,
 ) -> StepResult:
     """Consume this rank's micro-batches of global step `step` from `rows` and update at rate `lr`.
 
+    phase: told what begins, on every rank. drawing: what the wait for data runs inside; a BaseException that it raises on one
+    rank is raised on all, before anything has changed.
     before_update: called on every rank between backward and update; until it returns, weights, masters and moments are still
     those of the step before (a checkpoint of which may be on its way).
     """
     count = micro_batches(recipe, context.world)
     model.train()
     batches, error = [], None
+    phase("data")
     try:
-        batches = draw_batches(rows, recipe, context, step=step, count=count)
-    except Exception as problem:  # a damaged shard is seen by one rank; all of them stop here, with its name
+        with drawing():
+            batches = draw_batches(rows, recipe, context, step=step, count=count)
+    except BaseException as problem:  # a damaged shard is seen by one rank; all of them stop here, with its name
         error = problem
+    phase("compute")
     counted = context.sum(sum(int(batch.counted.sum()) for batch in batches), error)
     ce = forward_backward(model, batches, recipe, context, counted=counted, engine=optimizer.backward_engine)
     loss, alignment, sparse = reduce_losses(ce, batches, recipe, context, counted=counted)
+    phase("save")
     before_update()
+    phase("update")
     if not math.isfinite(loss + alignment):
         optimizer.discard_gradients()
         return StepResult(loss, alignment, math.inf, False, int(counted), sparse)

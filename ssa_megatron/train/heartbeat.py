@@ -1,0 +1,201 @@
+"""A rank's sign of life: one line in RUN/heartbeats/ every second, with step and phase, by a thread of its own.
+
+Training sets a few attributes a phase and touches no file. The same thread carries news the other way: a stop asked of
+another rank, the watchdog's verdict, a request for a profile. What cannot be written is not sent, and training goes on.
+"""
+
+import faulthandler
+import json
+import os
+import shutil
+import socket
+import sys
+import threading
+import time
+from pathlib import Path
+
+from ssa_megatron.config.sections import Watchdog
+from ssa_megatron.errors import EXIT_HUNG
+from ssa_megatron.parallel.context import ParallelContext
+from ssa_megatron.train import exposition, requests
+from ssa_megatron.train.signals import StopRequest
+from ssa_megatron.train.watchdog import Watch
+
+FOLDER = "heartbeats"
+WIDTH = 1024  # bytes of a line: one written over another leaves nothing of it, and takes no new block of a full disk
+EXPOSITION = 15.0  # seconds between two versions of metrics.prom
+
+
+class Heartbeat:
+    """A context manager around a run, on every rank; the first rank watches all others, the last one watches the first."""
+
+    def __init__(self, run: Path, context: ParallelContext, stop: StopRequest, settings: Watchdog):
+        self._run, self._context, self._stop, self._settings = run, context, stop, settings
+        # rank 0's clock names this start: what earlier ones left behind is not news
+        self._start = context.on_writer(lambda: _clear(run / FOLDER))
+        last = context.world - 1
+        watched = {0: range(1, context.world), last: range(1)}.get(context.rank, ()) if last else ()
+        self._watch = Watch(watched, settings) if watched else None
+        self._spokesmen = sorted({0, last} - {context.rank})
+        self._phase, self._step, self._marks, self._since = "build", 0, 0, time.monotonic()
+        self._first = 0
+        self._beats, self._verdict = 0, None
+        self._closed, self._thread = (
+            threading.Event(),
+            threading.Thread(target=self._work, name="heartbeat", daemon=True),
+        )
+        self.exit_code: int | None = None
+        """What the process is about to end with."""
+        self.values: dict | None = None
+        """The newest line of metrics.jsonl, for metrics.prom; set on the writer rank."""
+        self.asked = range(0)
+        """Steps that `ssa profile` asks for; on the writer rank."""
+
+    def phase(self, name: str, step: int) -> None:
+        """The main thread enters phase `name` of `step`, counted from 1."""
+        self._phase, self._step, self._since = name, step, time.monotonic()
+        self._first = self._first or step
+        self._marks += 1
+
+    def __enter__(self) -> "Heartbeat":
+        self._thread.start()
+        return self
+
+    def __exit__(self, _kind, error, _traceback) -> None:
+        if error is not None:
+            self.exit_code = getattr(error, "exit_code", 1)
+        self._closed.set()
+        self._thread.join(5)
+        self.phase("ended", self._step)
+        self._beat()
+
+    def _work(self) -> None:
+        exposed = -EXPOSITION
+        while True:
+            sent = self._beat()
+            self._listen(sent)
+            if self._context.is_writer:
+                self.asked = self.asked or requests.take(self._run)
+                if self.values is not None and time.monotonic() - exposed >= EXPOSITION:
+                    exposed = time.monotonic()
+                    exposition.write(self._run, self.values)
+            if self._closed.wait(self._settings.heartbeat):
+                return
+
+    def _beat(self) -> bool:
+        """Write this rank's line; whether that was possible."""
+        self._beats += 1
+        text = json.dumps(self._facts()).encode()
+        try:  # opened anew each time: on a network file system others see what is closed
+            handle = os.open(self._run / FOLDER / name(self._context.rank), os.O_WRONLY | os.O_CREAT, 0o644)
+            try:
+                os.pwrite(handle, text.ljust(WIDTH - 1) + b"\n", 0)
+            finally:
+                os.close(handle)
+        except OSError:
+            return False
+        return True
+
+    def _facts(self) -> dict:
+        at, waits = _whereabouts()
+        return {
+            "start": self._start,
+            "rank": self._context.rank,
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "time": round(time.time(), 3),
+            "beat": self._beats,
+            "step": self._step,
+            "fresh": self._step <= self._first,  # no step is done since this start
+            "phase": self._phase,
+            "marks": self._marks,
+            "seconds": round(time.monotonic() - self._since, 1),
+            "at": at,
+            "waits": waits,
+            "stop": self._stop.reason,
+            "verdict": self._verdict,
+            "exit": self.exit_code,
+        }
+
+    def _listen(self, sent: bool) -> None:
+        """What the spokesmen (first and last rank) say holds for all; the one who watches decides first."""
+        if self._watch is not None:
+            beats = {rank: self._read(rank) for rank in self._watch.ranks}
+            news = self._watch.look(beats, self._facts(), time.monotonic(), heard=sent)
+            for text in news.said:
+                print(f"watchdog: {text}", file=sys.stderr, flush=True)
+            for beat in beats.values():
+                if beat and beat["stop"] and beat["phase"] != "ended":
+                    self._stop.ask(_of_rank(beat))
+            if news.verdict:
+                self._verdict = news.verdict
+                self._beat()
+                self._leave(wait=2 * self._settings.heartbeat)  # for all to read it before the launcher ends them
+        for rank in self._spokesmen:
+            beat = self._read(rank)
+            if beat and beat["verdict"]:
+                self._verdict = beat["verdict"]
+                self._leave(wait=0)
+            if beat and beat["stop"] and beat["phase"] != "ended":
+                self._stop.ask(_of_rank(beat))
+
+    def _read(self, rank: int) -> dict | None:
+        beat = read(self._run / FOLDER / name(rank))
+        return beat if beat and beat["start"] == self._start else None
+
+    def _leave(self, *, wait: float) -> None:
+        """Every thread's Python stack into logs/, then the end, without the main thread: it is what hangs."""
+        try:
+            (self._run / "logs").mkdir(exist_ok=True)
+            with (self._run / "logs" / f"stacks-rank-{self._context.rank:05d}.txt").open("w") as file:
+                file.write(
+                    f"{self._verdict}\nrank {self._context.rank}, pid {os.getpid()} on {socket.gethostname()}, in "
+                )
+                file.write(f"{self._phase} of step {self._step}\n\n")
+                file.flush()
+                faulthandler.dump_traceback(file, all_threads=True)
+        except OSError as problem:
+            print(f"watchdog: no stacks of rank {self._context.rank}: {problem}", file=sys.stderr)
+        if wait:
+            print(f"watchdog: {self._verdict}\n  stacks of all ranks: {self._run / 'logs'}", file=sys.stderr)
+        time.sleep(wait)
+        self.exit_code = EXIT_HUNG
+        self._beat()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(EXIT_HUNG)
+
+
+def name(rank: int) -> str:
+    return f"rank-{rank:05d}.json"
+
+
+def read(path: Path) -> dict | None:
+    """A rank's newest line; None when there is none or it is being written."""
+    try:
+        beat = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return None
+    return beat if isinstance(beat, dict) and "beat" in beat else None
+
+
+def _clear(folder: Path) -> str:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    return f"{time.time():.6f}"
+
+
+def _of_rank(beat: dict) -> str:
+    return beat["stop"] if " of rank " in beat["stop"] else f"{beat['stop']} of rank {beat['rank']}"
+
+
+def _whereabouts() -> tuple[str, bool]:
+    """Innermost line of ours that the main thread is in, and whether it waits for other ranks."""
+    frame, ours, waits = sys._current_frames().get(threading.main_thread().ident), None, False
+    while frame is not None:
+        path = frame.f_code.co_filename
+        waits = waits or "torch/distributed" in path
+        if ours is None and any(part in path for part in ("ssa_megatron/", "pipelines/", "kernels/")):
+            ours = f"{'/'.join(path.rsplit('/', 2)[-2:])}:{frame.f_lineno} {frame.f_code.co_name}"
+        frame = frame.f_back
+    return ours or "?", waits
