@@ -17,7 +17,7 @@ import typer
 
 from pipelines.errors import DataError
 from ssa_megatron import __version__
-from ssa_megatron.errors import ConfigError, DataProblem, SSAError
+from ssa_megatron.errors import EXIT_REQUEUE, ConfigError, DataProblem, SSAError
 from ssa_megatron.progress import reporter
 
 app = typer.Typer(
@@ -307,6 +307,9 @@ def main() -> None:
     _quiet_libraries()
     try:
         code = app(standalone_mode=False)  # so called, it returns the code of typer.Exit instead of raising it
+        if code == EXIT_REQUEUE:  # everything is on disk; taking the libraries down would cost seconds of the grace time
+            sys.stdout.flush()
+            os._exit(code)
         sys.exit(code or 0)
     except typer.Abort:
         sys.exit(130)

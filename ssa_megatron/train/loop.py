@@ -170,7 +170,7 @@ def _train(
         profiler.close()
         if metrics is not None:
             metrics.close()
-        rows.close()
+    rows.close()  # not on the way out early: its thread may hang in a read, and the process ends anyway
     memory = cpu.peak_memory() / 2**30
     console.phase(
         f"done: {recipe.train.steps} steps, {progress.tokens:,} tokens, {memory:.2f} GiB at most; run folder {run}"
