@@ -35,7 +35,7 @@ class Heartbeat:
         self._start = context.on_writer(lambda: _clear(run / FOLDER))
         last = context.world - 1
         watched = {0: range(1, context.world), last: range(1)}.get(context.rank, ()) if last else ()
-        self._watch = Watch(watched, settings) if watched else None
+        self._watch = Watch(watched, settings, everyone=context.is_writer) if watched else None
         self._spokesmen = sorted({0, last} - {context.rank})
         self._phase, self._step, self._marks, self._since = "build", 0, 0, time.monotonic()
         self._first = 0

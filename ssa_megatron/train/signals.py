@@ -18,7 +18,9 @@ from ssa_megatron.errors import EXIT_REQUEUE
 
 HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 MEETING = 5.0  # seconds that a signalled process still waits for the others to meet it
-ECHO = 5.0  # seconds in which a second SIGINT is the first one again: a rank hears it from SLURM, srun and its launcher
+ECHO_SECONDS = (
+    5.0  # seconds in which a second SIGINT is the first one again: a rank hears it from SLURM, srun and its launcher
+)
 LOOK = 1.0  # seconds between two looks at who our parent is
 
 
@@ -96,7 +98,7 @@ class StopRequest:
     def _note(self, number: signal.Signals) -> None:
         now = time.monotonic()
         if number == signal.SIGINT:
-            if self._first_interrupt is not None and now - self._first_interrupt > ECHO:
+            if self._first_interrupt is not None and now - self._first_interrupt > ECHO_SECONDS:
                 _end("ended at once by a second SIGINT", 128 + number)
             self._first_interrupt = self._first_interrupt or now
         self.ask(number.name)

@@ -25,8 +25,9 @@ class News:
 class Watch:
     """One rank's view of `ranks`; `look` is called every heartbeat."""
 
-    def __init__(self, ranks: Iterable[int], settings: Watchdog):
-        self.ranks, self._settings = tuple(ranks), settings
+    def __init__(self, ranks: Iterable[int], settings: Watchdog, *, everyone: bool = True):
+        """everyone: whether `ranks` are all others, so that their standstill can be told from here too."""
+        self.ranks, self._settings, self._everyone = tuple(ranks), settings, everyone
         self._looked: float | None = None
         self._seen: dict[int, tuple[int, float]] = {}
         """Rank -> (its beat, when that was first seen)."""
@@ -52,7 +53,7 @@ class Watch:
             if asleep or not heard or count != self._seen.get(rank, (None,))[0]:
                 self._seen[rank] = (count, now)
         self._look_for_silence(news, now)
-        if news.verdict is None:
+        if news.verdict is None and self._everyone:
             self._look_for_standstill(news, own, now, asleep)
         return news
 

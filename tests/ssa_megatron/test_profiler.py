@@ -8,12 +8,13 @@ import pytest
 import torch
 
 from ssa_megatron.errors import ConfigError
-from ssa_megatron.train.profiler import StepProfiler, parse_range
+from ssa_megatron.train.profiler import StepProfiler
+from ssa_megatron.train.requests import parse_range
 
 
 @pytest.mark.parametrize("text", ["3", "3:2", "0:4", "a:b", ":", "1:2:3", "-1:3"])
 def test_a_wrong_range_is_refused(text):
-    with pytest.raises(ConfigError, match="--profile"):
+    with pytest.raises(ConfigError, match="not a range of steps"):
         parse_range(text)
 
 

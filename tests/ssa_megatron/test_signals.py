@@ -10,68 +10,106 @@ import pytest
 
 from ssa_megatron.checkpoint.reader import Checkpoint
 from ssa_megatron.train.metrics import read_metrics
-from ssa_megatron.train.signals import HANDLED, StopRequest
+from ssa_megatron.train.signals import HANDLED
 from tests.launch import environment, kill, start
 from tests.ssa_megatron.support import recipe_file
 
-TWICE = """
+SEVERAL = """
 import signal, sys, time
-from ssa_megatron.train.signals import ECHO_SECONDS, StopRequest
-stop = StopRequest().listen()
-for name in sys.argv[1:]:
-    if name == "later":
-        time.sleep(ECHO_SECONDS + 0.1)
-        continue
+from ssa_megatron.train import signals
+signals.ECHO_SECONDS = 1.0
+stop = signals.StopRequest().listen()
+stop.met()
+for name, pause in zip(sys.argv[1::2], sys.argv[2::2]):
     signal.raise_signal(signal.Signals[name])
-    print(stop.received.name, flush=True)
+    print(stop.reason, flush=True)
+    time.sleep(float(pause))
 """
 
 
-@pytest.fixture
-def handlers():
-    """Whatever a test listens to, the handlers of this process come back."""
-    before = {number: signal.getsignal(number) for number in HANDLED}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
-def twice(*names: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-c", TWICE, *names]
+def several(*names_and_pauses: str) -> subprocess.CompletedProcess:
+    """A process that has met the others and sends itself signals, each followed by a pause in seconds."""
+    command = [sys.executable, "-c", SEVERAL, *names_and_pauses]
     return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=60, check=False)
 
 
-@pytest.mark.parametrize("number", HANDLED)
-def test_a_signal_is_noted_and_interrupts_nothing(handlers, number):
-    stop = StopRequest()
-    assert stop.listen() is stop
-    assert stop.received is None
-    os.kill(os.getpid(), number)
-    assert stop.received == number
+@pytest.mark.parametrize("name", [number.name for number in HANDLED])
+def test_a_signal_is_noted_and_interrupts_nothing(name):
+    ended = several(name, "0.1")
+    assert (ended.stdout, ended.returncode) == (f"{name}\n", 0)
 
 
 def test_the_four_signals_of_schedulers_and_people_are_handled():
     assert {number.name for number in HANDLED} == {"SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2"}
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
-def test_a_second_signal_of_the_same_kind_ends_the_process_at_once(name):
-    ended = twice(name, "later", name, name)
-    assert ended.stdout == f"{name}\n"
-    assert ended.returncode == -signal.Signals[name]
-
-
-def test_the_same_request_heard_twice_within_seconds_is_one_request():
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGUSR2"])
+def test_torchrun_and_slurm_may_repeat_a_signal_without_cutting_the_checkpoint_short(name):
     """Once lost: `scancel --full` signals the batch shell, which forwards to srun, which signals ranks that had it already."""
-    ended = twice("SIGUSR1", "SIGUSR1", "SIGUSR1")
-    assert ended.stdout == "SIGUSR1\n" * 3
-    assert ended.returncode == 0
+    ended = several(name, "0", name, "1.2", name, "0.1")
+    assert (ended.stdout, ended.returncode) == (f"{name}\n" * 3, 0)
 
 
-def test_a_second_signal_of_another_kind_is_noted_too():
-    ended = twice("SIGUSR1", "SIGTERM")
-    assert ended.stdout == "SIGUSR1\nSIGTERM\n"
-    assert ended.returncode == 0
+def test_a_persons_second_sigint_ends_the_process_at_once():
+    ended = several("SIGINT", "1.3", "SIGINT", "10", "SIGTERM", "0")
+    assert ended.returncode == 130
+    assert ended.stdout == "SIGINT\nSIGINT\n"
+    assert "second SIGINT" in ended.stderr
+
+
+def test_one_sigint_delivered_twice_is_one():
+    assert several("SIGINT", "0.2", "SIGINT", "0.1").returncode == 0
+
+
+def test_the_first_of_several_is_the_reason():
+    assert several("SIGUSR1", "0", "SIGTERM", "0.1").stdout == "SIGUSR1\nSIGUSR1\n"
+
+
+def test_a_process_that_met_nobody_yet_ends_at_once_even_in_a_call_that_nothing_interrupts():
+    code = """if 1:
+        import os, signal, threading, time
+        from ssa_megatron.train.signals import StopRequest
+        stop = StopRequest().listen()
+        lock = threading.Lock()
+        lock.acquire()
+        threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        lock.acquire()
+    """
+    ended = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, timeout=30)
+    assert ended.returncode == 75
+    assert "nothing to save, start me again" in ended.stderr
+
+
+def test_only_a_wait_that_says_so_is_interrupted_also_by_the_request_of_another_thread():
+    code = """if 1:
+        import threading, time
+        from ssa_megatron.train.signals import StopAsked, StopRequest
+        stop = StopRequest().listen()
+        stop.met()
+        began = time.monotonic()
+        threading.Timer(0.2, stop.ask, ("SIGTERM of rank 3",)).start()
+        time.sleep(0.5)
+        print(time.monotonic() - began >= 0.5)
+        for _ in range(2):
+            try:
+                with stop.interruptible():
+                    time.sleep(60)
+            except StopAsked as asked:
+                print(asked)
+        stop = StopRequest().listen()
+        stop.met()
+        threading.Timer(0.2, stop.ask, ("the second",)).start()
+        try:
+            with stop.interruptible():
+                try:
+                    threading.Event().wait(60)
+                except Exception:
+                    print("code that retries saw it")
+        except StopAsked as asked:
+            print(asked)
+    """
+    ended = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, timeout=30)
+    assert ended.stdout.splitlines() == ["True", "SIGTERM of rank 3", "SIGTERM of rank 3", "the second"], ended.stderr
 
 
 def test_sigterm_during_training_ends_with_a_committed_checkpoint_of_the_last_step_and_exit_code_75(dataset, tmp_path):
