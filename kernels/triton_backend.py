@@ -13,7 +13,6 @@ from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from . import (
-    torch_routing,
     triton_dense,
     triton_dense_backward,
     triton_dual,
@@ -27,8 +26,6 @@ from .spec import BlockSpec, KernelArgumentError
 from .torch_routing import pooled_blocks
 from .triton_config import choose, dual
 from .triton_dense import Dense
-
-MOST_BLOCKS = 129  # the routing kernel keeps a sorted list of block_count - 1 keys per token in registers
 
 
 def refuse(q: Tensor) -> None:
@@ -187,14 +184,12 @@ def _with_graph(ctx, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 
 
 def select_blocks(q, k, spec: BlockSpec, scale: float, doc_starts, query_index) -> Tensor:
-    """Larger budgets than the kernel's lists hold: all blocks need no routing, and in between PyTorch routes."""
+    """A budget that covers the sequence needs no routing."""
     refuse(q)
     doc_starts, query_index = _flat(doc_starts), _flat(query_index)
     with torch.no_grad():
         if spec.block_count >= slot_count(k.shape[1], spec.block_size) and spec.topk == "exact":
             return _every_block(q, k, spec, doc_starts, query_index)
-        if spec.block_count > MOST_BLOCKS:
-            return torch_routing.select_blocks(q, k, spec, scale, doc_starts, query_index)
         q, k = _padded(q), _padded(k)
         return triton_routing.select_blocks(q, k, spec, scale, doc_starts, query_index, choose(q))
 

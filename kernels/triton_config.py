@@ -13,12 +13,17 @@ from torch import Tensor
 class Config(NamedTuple):
     """Tiles of every kernel for one head dimension."""
 
-    stat_rows: int = 64
+    stat_rows: int = 128  # (token, head) rows
     stat_tile: int = 64
     stat_warps: int = 4
-    select_rows: int = 64
+    stat_stages: int = 3
+    stat_registers: int | None = None  # at most, of a thread
+    select_rows: int = 64  # tokens
     select_tile: int = 64
     select_warps: int = 4
+    select_stages: int = 3
+    select_registers: int | None = None
+    select_programs: int = 4  # on each multiprocessor; each has its own lists of candidates
     sparse_keys: int = 64  # keys of one step of the sparse forward and dQ kernels
     sparse_warps: int = 1
     sparse_stages: int = 2

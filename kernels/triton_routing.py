@@ -1,7 +1,8 @@
-"""Routing kernels: pooled keys, the softmax statistics of their scores, and exact streaming top-k.
+"""Routing kernels: pooled keys, the softmax statistics of their scores, and the group scores that `triton_topk.py` selects.
 
-Two passes over pooled keys (the group's score is a sum of softmaxes, so the normalisers come first); a running list
-of the best blocks per token is merged with each tile's best, and no `[N, N / b]` score tensor ever exists.
+Two passes over pooled keys (the group's score is a sum of softmaxes, so the normalisers come first; one pass where a
+group is a single head), and no `[N, N / b]` score tensor ever exists. The blocks complete at token `t` of a document that
+begins at `s` fill the slots from `s // b` on without a gap, so visibility is arithmetic and most tiles need no mask.
 It refuses nothing: `triton_backend.py` has prepared the arguments (contiguous, head dimension a power of two from 16).
 """
 
@@ -12,19 +13,22 @@ from torch import Tensor
 
 from .layout import slot_count
 from .spec import BlockSpec
+from .triton_topk import CHUNK, HIGHEST, LOWEST, append, cut, ordered, read
 
 LOG2E = 1.4426950408889634
+SCRATCH = 64 << 20  # bytes that the lists of candidates may take: large budgets run in fewer programs
+SPARE = tl.constexpr(16)  # a cut on the way may leave so many candidates too many: it needs fewer steps
 
 
 @triton.jit
 def _pool(
-    k_ptr, doc_ptr, start_ptr, high_ptr, low_ptr,
-    n, slots, h_kv: tl.constexpr, SIZE: tl.constexpr, SIZE_P: tl.constexpr, D: tl.constexpr,
+    k_ptr, doc_ptr, high_ptr, low_ptr,
+    n, slots, factor, h_kv: tl.constexpr, SIZE: tl.constexpr, SIZE_P: tl.constexpr, D: tl.constexpr,
     HAS_DOCS: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """One program per (slot, batch row): where its complete block begins, and the block's mean key per KV head."""
-    slot, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    row = tl.arange(0, SIZE_P)
+    """One program per (slot, KV head, batch row): the mean key, times `factor`, of the complete block in the slot."""
+    slot, h, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    row, dim = tl.arange(0, SIZE_P), tl.arange(0, D)
     place = slot * SIZE + row
     if HAS_DOCS:
         inside = (row < SIZE) & (place + SIZE <= n)
@@ -34,28 +38,37 @@ def _pool(
         start = tl.max(tl.where(begins, place, -1), 0)
     else:
         start = tl.where(slot * SIZE + SIZE <= n, slot * SIZE, -1)
-    tl.store(start_ptr + b * slots + slot, start)
-    dim = tl.arange(0, D)
     keep = (row < SIZE) & (start >= 0)
-    for h in range(h_kv):
-        at = ((b * n + start + row)[:, None] * h_kv + h) * D + dim[None, :]
-        mean = tl.sum(tl.load(k_ptr + at, mask=keep[:, None], other=0.0).to(tl.float32), 0) / SIZE
-        out = ((b * h_kv + h) * slots + slot) * D + dim
-        high = mean.to(high_ptr.dtype.element_ty)
-        tl.store(high_ptr + out, high)
-        if SPLIT:  # what rounding to half precision lost, as a second half-precision number
-            tl.store(low_ptr + out, (mean - high.to(tl.float32)).to(high_ptr.dtype.element_ty))
+    at = ((b * n + start + row)[:, None] * h_kv + h) * D + dim[None, :]
+    mean = tl.sum(tl.load(k_ptr + at, mask=keep[:, None], other=0.0).to(tl.float32), 0) / SIZE * factor
+    out = ((b * h_kv + h) * slots + slot) * D + dim
+    high = mean.to(high_ptr.dtype.element_ty)
+    tl.store(high_ptr + out, high)
+    if SPLIT:  # what rounding to half precision lost, as a second half-precision number
+        tl.store(low_ptr + out, (mean - high.to(tl.float32)).to(high_ptr.dtype.element_ty))
 
 
 @triton.jit
-def _pooled_scores(q, high_ptr, low_ptr, base, slot, slots, scale_log2, D: tl.constexpr, SPLIT: tl.constexpr):
+def _pooled(high_ptr, low_ptr, slot, slots, D: tl.constexpr, SPLIT: tl.constexpr, MASKED: tl.constexpr):
+    """Both halves [D, tile] of the pooled keys in these slots."""
+    at = slot[None, :] * D + tl.arange(0, D)[:, None]
+    if MASKED:
+        here = (slot < slots)[None, :]
+        high = tl.load(high_ptr + at, mask=here, other=0.0)
+        low = tl.load(low_ptr + at, mask=here, other=0.0) if SPLIT else high
+    else:
+        high = tl.load(high_ptr + at)
+        low = tl.load(low_ptr + at) if SPLIT else high
+    return high, low
+
+
+@triton.jit
+def _scores(q, high, low, SPLIT: tl.constexpr):
     """Scores [rows, tile] in log2 units; the low half restores the precision that selection needs."""
-    at = base + slot[None, :].to(tl.int64) * D + tl.arange(0, D)[:, None]
-    here = (slot < slots)[None, :]
-    score = tl.dot(q, tl.load(high_ptr + at, mask=here, other=0.0), input_precision="tf32x3")
+    score = tl.dot(q, high, input_precision="tf32x3")
     if SPLIT:
-        score = tl.dot(q, tl.load(low_ptr + at, mask=here, other=0.0), score)
-    return score * scale_log2
+        score = tl.dot(q, low, score)
+    return score
 
 
 @triton.jit
@@ -74,128 +87,168 @@ def _places(doc_ptr, index_ptr, b, rows, n, n_q, HAS_DOCS: tl.constexpr, HAS_IND
 
 
 @triton.jit
-def _first_slot(s, real, SIZE: tl.constexpr, TILE: tl.constexpr):
-    return tl.min(tl.where(real, s, 2147483647), 0) // SIZE // TILE * TILE
+def _tiles_of_sums(
+    top, total, q, high_ptr, low_ptr, begin, end, begins, ends, slots,
+    D: tl.constexpr, TILE: tl.constexpr, SPLIT: tl.constexpr, MASKED: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Add the tiles from `begin` to `end` to each row's running maximum and sum."""
+    for first in tl.range(begin, end, TILE, num_stages=STAGES):
+        slot = first + tl.arange(0, TILE)
+        high, low = _pooled(high_ptr, low_ptr, slot, slots, D, SPLIT, MASKED)
+        score = _scores(q, high, low, SPLIT)
+        if MASKED:
+            seen = (slot[None, :] >= begins[:, None]) & (slot[None, :] < ends[:, None])
+            score = tl.where(seen, score, -float("inf"))
+        higher = tl.maximum(top, tl.max(score, 1))
+        safe = tl.where(higher == -float("inf"), 0.0, higher) if MASKED else higher
+        total = total * tl.exp2(top - safe) + tl.sum(tl.exp2(score - safe[:, None]), 1)
+        top = higher
+    return top, total
 
 
 @triton.jit
 def _statistics(
-    q_ptr, high_ptr, low_ptr, start_ptr, doc_ptr, index_ptr, lse_ptr,
-    n, n_q, slots, scale_log2, h_q: tl.constexpr, h_kv: tl.constexpr, SIZE: tl.constexpr, COUNT: tl.constexpr,
+    q_ptr, high_ptr, low_ptr, doc_ptr, index_ptr, lse_ptr,
+    n, n_q, slots, h_q: tl.constexpr, h_kv: tl.constexpr, SIZE: tl.constexpr, COUNT: tl.constexpr,
     D: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
-    HAS_DOCS: tl.constexpr, HAS_INDEX: tl.constexpr, SPLIT: tl.constexpr,
+    HAS_DOCS: tl.constexpr, HAS_INDEX: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Log2-sum-exp2 of each row's scores over the blocks complete at it, fp32 [B, Nq, Hq]; +inf where there is none."""
+    """Log2-sum-exp2 of the scores over the blocks complete at a token, fp32 [B, Nq, Hq]; +inf where there is none.
+
+    A row is a (token, head of the group), so that few tokens, whose blocks are nearly the same, share a tile.
+    """
     h, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    rows = (tl.num_programs(0) - 1 - tl.program_id(0)) * ROWS + tl.arange(0, ROWS)  # the longest rows start first
-    t, s = _places(doc_ptr, index_ptr, b, rows, n, n_q, HAS_DOCS, HAS_INDEX)
-    at = ((b * n_q + rows)[:, None] * h_q + h) * D + tl.arange(0, D)[None, :]
-    q = tl.load(q_ptr + at, mask=(rows < n_q)[:, None], other=0.0)
-    base = (b * h_kv + h // (h_q // h_kv)) * slots * D
+    group: tl.constexpr = h_q // h_kv
+    row = (tl.num_programs(0) - 1 - tl.program_id(0)) * ROWS + tl.arange(0, ROWS)  # the longest rows start first
+    token, real = row // group, row < n_q * group
+    t, s = _places(doc_ptr, index_ptr, b, token, n, n_q, HAS_DOCS, HAS_INDEX)
+    head = (b * n_q + token) * h_q + h * group + row % group
+    begins = s // SIZE
+    ends = begins + (t + 1 - s) // SIZE
     top = tl.full([ROWS], -float("inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     if tl.max((t - s) // SIZE, 0) >= COUNT:  # otherwise every earlier block is selected and no score is needed
-        for first in range(_first_slot(s, rows < n_q, SIZE, TILE), tl.max(t, 0) // SIZE + 1, TILE):
-            slot = first + tl.arange(0, TILE)
-            start = tl.load(start_ptr + b * slots + slot, mask=slot < slots, other=-1)
-            seen = (start[None, :] >= s[:, None]) & (start[None, :] + SIZE <= t[:, None] + 1)
-            score = _pooled_scores(q, high_ptr, low_ptr, base, slot, slots, scale_log2, D, SPLIT)
-            score = tl.where(seen, score, -float("inf"))
-            higher = tl.maximum(top, tl.max(score, 1))
-            safe = tl.where(higher == -float("inf"), 0.0, higher)
-            total = total * tl.exp2(top - safe) + tl.sum(tl.exp2(score - safe[:, None]), 1)
-            top = higher
+        q = tl.load(q_ptr + head[:, None] * D + tl.arange(0, D)[None, :], mask=real[:, None], other=0.0)
+        base = (b * h_kv + h) * slots * D
+        begin = tl.min(tl.where(real, begins, HIGHEST), 0)
+        middle = begin
+        if tl.max(begins, 0) == begin:  # one document: every row sees all of these tiles
+            middle += (tl.min(tl.where(real, ends, HIGHEST), 0) - begin) // TILE * TILE
+        top, total = _tiles_of_sums(
+            top, total, q, high_ptr + base, low_ptr + base, begin, middle, begins, ends, slots,
+            D, TILE, SPLIT, False, STAGES,
+        )  # fmt: skip
+        top, total = _tiles_of_sums(
+            top, total, q, high_ptr + base, low_ptr + base, middle, tl.max(ends, 0), begins, ends, slots,
+            D, TILE, SPLIT, True, STAGES,
+        )  # fmt: skip
     lse = tl.where(total > 0, top + tl.log2(total), float("inf"))
-    tl.store(lse_ptr + (b * n_q + rows) * h_q + h, lse, mask=rows < n_q)
+    tl.store(lse_ptr + head, lse, mask=real)
 
 
 @triton.jit
-def _merge(best, key, ROWS: tl.constexpr, KEEP: tl.constexpr):
-    """The KEEP largest of a running list and a tile's keys; each row stays in descending order."""
-    both = tl.reshape(tl.join(best, tl.topk(key, KEEP)), [ROWS, 2 * KEEP])
-    return tl.topk(both, KEEP)
+def _group_keys(
+    q_ptr, lse_ptr, high, low, head, real,
+    group: tl.constexpr, D: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Ordered keys [rows, tile] of the group's score; one head's softmax orders as its raw score does."""
+    at = head[:, None] * D + tl.arange(0, D)[None, :]
+    if group == 1:
+        key = ordered(_scores(tl.load(q_ptr + at, mask=real[:, None], other=0.0), high, low, SPLIT))
+    else:
+        total = tl.zeros([head.shape[0], high.shape[1]], tl.float32)
+        for i in tl.range(0, group, num_stages=STAGES):
+            q = tl.load(q_ptr + at + i * D, mask=real[:, None], other=0.0)
+            lse = tl.load(lse_ptr + head + i, mask=real, other=float("inf"))
+            total += tl.exp2(_scores(q, high, low, SPLIT) - lse[:, None])
+        key = total.to(tl.int32, bitcast=True)
+    return key
 
 
 @triton.jit
 def _select(
-    q_ptr, high_ptr, low_ptr, start_ptr, doc_ptr, index_ptr, lse_ptr, out_ptr,
-    n, n_q, slots, scale_log2, h_q: tl.constexpr, h_kv: tl.constexpr, SIZE: tl.constexpr, COUNT: tl.constexpr,
-    D: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, KEEP: tl.constexpr,
-    HAS_DOCS: tl.constexpr, HAS_INDEX: tl.constexpr, SPLIT: tl.constexpr, AUTHORS: tl.constexpr,
+    q_ptr, high_ptr, low_ptr, doc_ptr, index_ptr, lse_ptr, key_ptr, slot_ptr, out_ptr,
+    n, n_q, slots, batch, h_q: tl.constexpr, h_kv: tl.constexpr, SIZE: tl.constexpr, COUNT: tl.constexpr,
+    D: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, CAPACITY: tl.constexpr,
+    HAS_DOCS: tl.constexpr, HAS_INDEX: tl.constexpr, SPLIT: tl.constexpr, AUTHORS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Group scores and the running best blocks of ROWS tokens of one KV head; writes the selection."""
-    h, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    rows = (tl.num_programs(0) - 1 - tl.program_id(0)) * ROWS + tl.arange(0, ROWS)
-    real = rows < n_q
-    t, s = _places(doc_ptr, index_ptr, b, rows, n, n_q, HAS_DOCS, HAS_INDEX)
-    own = (t - s) // SIZE
-    group: tl.constexpr = h_q // h_kv
-    base = (b * h_kv + h) * slots * D
-    best = tl.full([ROWS, KEEP], -1, tl.int64)
-    early = tl.full([ROWS, KEEP], -1, tl.int64)  # authors' rule only: blocks before the current chunk of 16
-    scored = tl.max(own, 0) >= COUNT
-    if scored:
-        for first in range(_first_slot(s, real, SIZE, TILE), tl.max(t, 0) // SIZE + 1, TILE):
-            slot = first + tl.arange(0, TILE)
-            start = tl.load(start_ptr + b * slots + slot, mask=slot < slots, other=-1)
-            seen = (start[None, :] >= s[:, None]) & (start[None, :] < (s + own * SIZE)[:, None])
-            total = tl.zeros([ROWS, TILE], tl.float32)
-            for i in range(group):
-                head = h * group + i
-                at = ((b * n_q + rows)[:, None] * h_q + head) * D + tl.arange(0, D)[None, :]
-                q = tl.load(q_ptr + at, mask=real[:, None], other=0.0)
-                lse = tl.load(lse_ptr + (b * n_q + rows) * h_q + head, mask=real, other=float("inf"))
-                score = _pooled_scores(q, high_ptr, low_ptr, base, slot, slots, scale_log2, D, SPLIT)
-                total += tl.exp2(tl.minimum(score - lse[:, None], 0.0))
-            # Scores are >= 0, so their bits order as integers; the low word makes keys distinct, lower slots larger.
-            key = (total.to(tl.int32, bitcast=True).to(tl.int64) << 32) | (0x7FFFFFFF - slot)[None, :].to(tl.int64)
-            key = tl.where(seen, key, -1)
+    """Selections of ROWS tokens of one KV head at a time; the programs that fit the GPU share the work, longest first."""
+    key_ptr += tl.program_id(0).to(tl.int64) * CAPACITY * ROWS
+    slot_ptr += tl.program_id(0).to(tl.int64) * CAPACITY * ROWS
+    row_tiles = tl.cdiv(n_q, ROWS)
+    for work in range(tl.program_id(0), row_tiles * h_kv * batch, tl.num_programs(0)):
+        h = work % h_kv
+        b = (work // h_kv % batch).to(tl.int64)
+        rows = (row_tiles - 1 - work // h_kv // batch) * ROWS + tl.arange(0, ROWS)
+        real = rows < n_q
+        t, s = _places(doc_ptr, index_ptr, b, rows, n, n_q, HAS_DOCS, HAS_INDEX)
+        own = (t - s) // SIZE
+        begins = s // SIZE
+        ends = begins + own
+        # "exact": one contest for all places. "authors": the best 8 before the token's chunk of 16, and the chunk's 7.
+        edge = begins + own // 16 * 16 if AUTHORS else ends
+        keep: tl.constexpr = 8 if AUTHORS else COUNT - 1
+        place = ((b * n_q + rows) * h_kv + h) * COUNT
+        tl.store(out_ptr + place, own, mask=real)
+        if tl.max(own, 0) < COUNT:  # every earlier block is selected
+            column = tl.arange(0, CHUNK)[None, :]
+            for first in range(0, COUNT - 1, CHUNK):
+                block = tl.where(first + column < own[:, None], first + column, -1)
+                mask = real[:, None] & (first + column < COUNT - 1)
+                tl.store(out_ptr + place[:, None] + 1 + first + column, block, mask=mask)
+        elif COUNT > 1:
+            base = (b * h_kv + h) * slots * D
+            head = (b * n_q + rows) * h_q + h * (h_q // h_kv)
+            threshold = tl.full([ROWS], LOWEST, tl.int32)
+            held = tl.zeros([ROWS], tl.int32)
+            begin, end = tl.min(tl.where(real, begins, HIGHEST), 0), tl.max(ends, 0)
+            for first in range(begin, end + TILE, TILE):  # the last round only cuts
+                if (first >= end) | (tl.max(held, 0) > CAPACITY - TILE):
+                    spare = tl.where(first < end, SPARE, 0)
+                    threshold, held = cut(key_ptr, slot_ptr, held, begins, edge, keep, spare, CAPACITY, AUTHORS)
+                if first < end:
+                    slot = first + tl.arange(0, TILE)
+                    high, low = _pooled(high_ptr + base, low_ptr + base, slot, slots, D, SPLIT, True)
+                    key = _group_keys(q_ptr, lse_ptr, high, low, head, real, h_q // h_kv, D, SPLIT, STAGES)
+                    slot = slot[None, :] + tl.zeros_like(key)
+                    enters = (slot >= begins[:, None]) & (slot < ends[:, None])
+                    if AUTHORS:
+                        enters = enters & ((key > threshold[:, None]) | (slot >= edge[:, None]))
+                    else:
+                        enters = enters & (key > threshold[:, None])
+                    held = append(key_ptr, slot_ptr, key, slot, enters, held, CAPACITY)
             if AUTHORS:
-                edge = (own // 16 * 16)[:, None]
-                before = (slot[None, :] - (s // SIZE)[:, None]) < edge
-                early = _merge(early, tl.where(before, key, -1), ROWS, KEEP)
-                key = tl.where(before, -1, key)
-            best = _merge(best, key, ROWS, KEEP)
-    rank = tl.arange(0, KEEP)[None, :]
-    huge: tl.constexpr = 0x7FFFFFFF
-    slot = huge - (best & huge).to(tl.int32)
-    block = tl.where((best >= 0) & (rank < COUNT - 1), slot - (s // SIZE)[:, None], huge)
-    if AUTHORS:
-        edge = (own // 16 * 16)[:, None]
-        old = huge - (early & huge).to(tl.int32)
-        old = tl.where((early >= 0) & (rank < 8), old - (s // SIZE)[:, None], huge)
-        block = tl.where((edge > 0) & (rank >= 7), huge, block)
-        # 7 of the current chunk and 8 earlier ones fit one list: the best early ones go where the chunk has none.
-        block = tl.sort(tl.reshape(tl.join(block, old), [ROWS, 2 * KEEP]))
-        column = tl.arange(0, 2 * KEEP)[None, :]
-    else:
-        block = tl.sort(block)
-        column = rank
-    if not scored:
-        block = tl.where(column < own[:, None], column + tl.zeros_like(block), huge)
-    place = ((b * n_q + rows)[:, None] * h_kv + h) * COUNT
-    block = tl.where(block == huge, -1, block)
-    tl.store(out_ptr + place + 1 + column, block, mask=real[:, None] & (column < COUNT - 1))
-    zero = tl.zeros([ROWS, 1], tl.int32)
-    tl.store(out_ptr + place + zero, own[:, None], mask=real[:, None])
+                late = tl.where(edge > begins, 7, COUNT - 1)
+                threshold, held = cut(key_ptr, slot_ptr, held, edge, ends, late, 0, CAPACITY, True)
+            for first in range(0, COUNT - 1, CHUNK):
+                column = first + tl.arange(0, CHUNK)[None, :]
+                _, slot, member = read(key_ptr, slot_ptr, first, held, begins, ends, CAPACITY, CHUNK, False)
+                block = tl.where(member, slot - begins[:, None], -1)
+                tl.store(out_ptr + place[:, None] + 1 + column, block, mask=real[:, None] & (column < COUNT - 1))
+        tl.debug_barrier()  # the next rows reuse the places
 
 
-def pool_keys(k_bnhd: Tensor, block_size: int, doc_starts: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """First positions int32 [B, slots] (-1 = none), and mean keys [B, Hkv, slots, D] as (high, low) halves.
+def pool_keys(
+    k_bnhd: Tensor, block_size: int, doc_starts: Tensor | None, factor: float = 1.0
+) -> tuple[Tensor, Tensor | None]:
+    """Mean keys times `factor`, [B, Hkv, slots, D], as (high, low) halves; zero where a slot holds no complete block.
 
     fp32 keys have no low half.
     """
     batch, n, heads, dim = k_bnhd.shape
     slots = slot_count(n, block_size)
-    start = torch.empty(batch, slots, dtype=torch.int32, device=k_bnhd.device)
     high = torch.empty(batch, heads, slots, dim, dtype=k_bnhd.dtype, device=k_bnhd.device)
     split = k_bnhd.dtype != torch.float32
-    low = torch.empty_like(high) if split else None
-    _pool[(slots, batch)](
-        k_bnhd, doc_starts, start, high, low, n, slots, heads, block_size,
+    low = torch.empty_like(high) if split else high
+    _pool[(slots, heads, batch)](
+        k_bnhd, doc_starts, high, low, n, slots, factor, heads, block_size,
         triton.next_power_of_2(block_size), dim, HAS_DOCS=doc_starts is not None, SPLIT=split, num_warps=1,
     )  # fmt: skip
-    return start, high, low
+    return high, low if split else None
+
+
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
 def select_blocks(
@@ -204,21 +257,29 @@ def select_blocks(
     """int32 [B, Nq, Hkv, block_count]; see `kernels.api.select_blocks`. `config`: rows, tile, warps of each pass."""
     batch, n_q, h_q, dim = q.shape
     n, h_kv = k.shape[1:3]
-    out = torch.empty(batch, n_q, h_kv, spec.block_count, dtype=torch.int32, device=q.device)
-    start, high, low = pool_keys(k, spec.block_size, doc_starts)
-    slots = start.shape[1]
-    lse = torch.empty(batch, n_q, h_q, dtype=torch.float32, device=q.device)
+    group, device = h_q // h_kv, q.device
+    high, low = pool_keys(k, spec.block_size, doc_starts, scale * LOG2E)
+    slots = high.shape[2]
     flags = {"HAS_DOCS": doc_starts is not None, "HAS_INDEX": query_index is not None, "SPLIT": low is not None}
-    sizes = (n, n_q, slots, scale * LOG2E, h_q, h_kv, spec.block_size, spec.block_count, dim)
-    keep = max(2, triton.next_power_of_2(max(1, spec.block_count - 1)))
-    tile = max(config.select_tile, keep)
-    rows = max(16, min(config.select_rows, 4096 // tile))
-    _statistics[(triton.cdiv(n_q, config.stat_rows), h_q, batch)](
-        q, high, low, start, doc_starts, query_index, lse, *sizes,
-        config.stat_rows, config.stat_tile, **flags, num_warps=config.stat_warps,
-    )  # fmt: skip
-    _select[(triton.cdiv(n_q, rows), h_kv, batch)](
-        q, high, low, start, doc_starts, query_index, lse, out, *sizes,
-        rows, tile, keep, **flags, AUTHORS=spec.topk == "authors", num_warps=config.select_warps,
+    low = high if low is None else low
+    lse = None
+    if group > 1:
+        lse = torch.empty(batch, n_q, h_q, dtype=torch.float32, device=device)
+        _statistics[(triton.cdiv(n_q * group, config.stat_rows), h_kv, batch)](
+            q, high, low, doc_starts, query_index, lse, n, n_q, slots, h_q, h_kv, spec.block_size, spec.block_count, dim,
+            config.stat_rows, config.stat_tile, **flags, STAGES=config.stat_stages, num_warps=config.stat_warps,
+            maxnreg=config.stat_registers,
+        )  # fmt: skip
+    rows, tile = config.select_rows, config.select_tile
+    capacity = triton.cdiv(spec.block_count + 32, 64) * 64 + max(tile, spec.block_count)
+    most = min(config.select_programs * _processors(device), SCRATCH // (8 * capacity * rows))
+    programs = max(1, min(triton.cdiv(n_q, rows) * h_kv * batch, most))
+    key, slot = (torch.empty(programs, capacity, rows, dtype=torch.int32, device=device) for _ in range(2))
+    out = torch.empty(batch, n_q, h_kv, spec.block_count, dtype=torch.int32, device=device)
+    _select[(programs,)](
+        q, high, low, doc_starts, query_index, lse, key, slot, out,
+        n, n_q, slots, batch, h_q, h_kv, spec.block_size, spec.block_count, dim,
+        rows, tile, capacity, **flags, AUTHORS=spec.topk == "authors", STAGES=config.select_stages,
+        num_warps=config.select_warps, maxnreg=config.select_registers,
     )  # fmt: skip
     return out

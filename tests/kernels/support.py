@@ -6,7 +6,8 @@ It refuses to compare gradients that do not exist.
 
 import torch
 
-from kernels import BlockSpec
+import kernels
+from kernels import BlockSpec, oracle
 
 
 def generator(seed: int) -> torch.Generator:
@@ -60,6 +61,27 @@ def assert_close(got, expected, tolerance, what=""):
         assert torch.isfinite(a).all(), f"{what}: item {i} is not finite"
         error = relative_error(a, b)
         assert error <= tolerance, f"{what}: item {i} is off by {error:.2e}, allowed {tolerance:.0e}"
+
+
+def assert_same_selection(blocks, q, k, spec, doc_starts=None, query_index=None):
+    """Selections are those of fp64, except that blocks whose scores tie within 1e-5 may stand in for each other."""
+    q, k = q.detach().double(), k.detach().double()
+    options = {"doc_starts": doc_starts, "query_index": query_index}
+    expected = kernels.select_blocks(q, k, spec, **options, backend="torch")
+    assert torch.equal(blocks[..., 0], expected[..., 0])
+    assert torch.equal((blocks >= 0).sum(-1), (expected >= 0).sum(-1))
+    huge = torch.where(blocks < 0, 1 << 30, blocks)[..., 1:]
+    assert (huge.diff(dim=-1) > 0).logical_or(huge[..., 1:] == 1 << 30).all(), "not in ascending order"
+    wrong = (blocks != expected).any(-1).nonzero().tolist()
+    assert len(wrong) <= 0.02 * blocks[..., 0].numel() + 1
+    for b, row, h in wrong[:40]:
+        t = row if query_index is None else int(query_index[row])
+        start = 0 if doc_starts is None else int(doc_starts[b, t])
+        kbar = oracle.pooled(k, b, start, t + 1, spec.block_size)
+        score = oracle.block_scores(q[b, row], kbar, q.shape[3] ** -0.5)[h]
+        ours, truth = set(blocks[b, row, h].tolist()), set(expected[b, row, h].tolist())
+        for mine in ours - truth:
+            assert score[list(truth - ours)].max() - score[mine] < 1e-5
 
 
 SPEC = BlockSpec(16, 3)

@@ -19,7 +19,7 @@ else:
     import kernels
     from kernels import BlockSpec, accuracy, triton_sparse
 
-    from .support import assert_close, documents, inputs, outputs_and_gradients, places
+    from .support import assert_close, assert_same_selection, documents, inputs, outputs_and_gradients, places
 
     # n, Hq, Hkv, D, block_size, block_count, mean document length (0 = none), query rows (0 = all)
     CASES = [
@@ -44,11 +44,35 @@ else:
         )
         assert_close(ours, theirs, 1e-5, function.__name__)
 
-    @pytest.mark.parametrize("case", CASES, ids=str)
+    # Selections alone: lists cut once, often and never, budgets beyond a chunk of the list, documents of one token.
+    SELECTIONS = [
+        (70, 2, 1, 16, 16, 1, 0, 0),
+        (90, 2, 1, 16, 2, 2, 0, 0),
+        (60, 1, 1, 16, 2, 3, 1, 0),
+        (300, 2, 2, 16, 4, 16, 0, 33),
+        (400, 6, 2, 16, 2, 16, 130, 40),
+        (900, 3, 1, 16, 2, 64, 0, 20),
+        (1700, 2, 2, 16, 4, 200, 0, 10),
+        (1300, 4, 2, 16, 16, 16, 600, 35),
+        (1500, 4, 1, 16, 64, 5, 0, 20),
+        (1100, 1, 1, 16, 128, 3, 0, 9),
+    ]
+
+    @pytest.mark.parametrize("case", CASES + SELECTIONS, ids=str)
     def test_selection(case):
         leaves, _, spec, options = build(case)
-        ours, theirs = (kernels.select_blocks(*leaves[:2], spec, **options, backend=b) for b in ("triton", "torch"))
-        assert torch.equal(ours, theirs)
+        blocks = kernels.select_blocks(*leaves[:2], spec, **options, backend="triton")
+        assert_same_selection(blocks, *leaves[:2], spec, **options)
+
+    @pytest.mark.parametrize("heads", [(1, 1), (4, 2)], ids=str)
+    def test_equal_scores_go_to_the_lower_blocks(heads):
+        (q, k, _, _), _ = inputs(1, 500, *heads, 16, n_q=40, grad=False)
+        index, k = places(500, 40), k[:, :1].expand(-1, 500, -1, -1)
+        blocks = kernels.select_blocks(q, k, BlockSpec(2, 9), query_index=index, backend="triton")
+        own = index[:, None] // 2
+        lowest = torch.arange(8).expand(40, -1)
+        expected = torch.cat([own, torch.where(lowest < own, lowest, -1)], 1)
+        assert torch.equal(blocks, expected[None, :, None].expand_as(blocks).int())
 
     @pytest.mark.parametrize("case", CASES, ids=str)
     def test_dense_streams(case):
