@@ -84,14 +84,12 @@ def tune(shape: str, wanted: list[str]) -> None:
         triton_gate.gate_backward(o, do, gate, q, one, "full", o.numel(), c.gate_rows)
 
     if "select" in wanted:
-        sweep(
-            "routing",
-            base,
-            {"select_rows": (16, 32, 64), "select_tile": (32, 64, 128), "select_warps": (4, 8)},
-            routing,
-        )
+        tiles = {"select_rows": (64, 128), "select_tile": (32, 64, 128), "select_warps": (4, 8)}
+        sweep("routing", base, tiles | {"select_registers": (None, 168, 128)}, routing)
+        sweep("routing", base, {"select_stages": (2, 3, 4), "select_programs": (2, 3, 4, 6)}, routing)
     if "stat" in wanted:
-        sweep("routing", base, {"stat_rows": (64, 128), "stat_tile": (64, 128), "stat_warps": (4, 8)}, routing)
+        tiles = {"stat_rows": (64, 128, 256), "stat_tile": (64, 128), "stat_warps": (4, 8)}
+        sweep("routing", base, tiles | {"stat_stages": (2, 3), "stat_registers": (None, 128)}, routing)
     if "forward" in wanted:
         fields = {"sparse_keys": (32, 64, 128, 256), "sparse_warps": (1, 2, 4), "sparse_stages": (1, 2, 3)}
         sweep(
