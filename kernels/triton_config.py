@@ -23,6 +23,8 @@ class Config(NamedTuple):
     select_warps: int = 4
     select_stages: int = 3
     select_registers: int | None = None
+    select_sorted: int = 129  # budgets up to this keep their lists in registers, larger ones in memory
+    select_few: int = 6  # keys of a tile that are put into a list one by one
     select_programs: int = 4  # on each multiprocessor; each has its own lists of candidates
     sparse_keys: int = 64  # keys of one step of the sparse forward and dQ kernels
     sparse_warps: int = 1
@@ -53,7 +55,7 @@ TABLE = {
 }  # fmt: skip
 SMALL = (32, 32, 4, 2)
 GENERAL = Config(
-    stat_rows=32, stat_tile=32, select_rows=32, select_tile=32, sparse_keys=32, sparse_warps=2, dq_keys=32, dq_warps=2,
+    stat_rows=32, stat_tile=32, stat_stages=2, select_rows=32, select_tile=32, select_stages=2, sparse_keys=32, sparse_warps=2, dq_keys=32, dq_warps=2,
     dkv_rows=32, dkv_stages=2, dense_forward=SMALL, dense_dq=SMALL, dense_dkv=SMALL,
     dual_forward=SMALL, dual_dq=SMALL, dual_dkv=SMALL,
 )  # fmt: skip

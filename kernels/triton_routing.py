@@ -1,4 +1,4 @@
-"""Routing kernels: pooled keys, the softmax statistics of their scores, and the group scores that `triton_topk.py` selects.
+"""Routing kernels: pooled keys, the softmax statistics of their scores, group scores and their exact streaming top-k.
 
 Two passes over pooled keys (the group's score is a sum of softmaxes, so the normalisers come first; one pass where a
 group is a single head), and no `[N, N / b]` score tensor ever exists. The blocks complete at token `t` of a document that
@@ -16,6 +16,7 @@ from .spec import BlockSpec
 from .triton_topk import CHUNK, HIGHEST, LOWEST, append, cut, ordered, read
 
 LOG2E = 1.4426950408889634
+ABSENT = tl.constexpr(-(1 << 62))
 SCRATCH = 64 << 20  # bytes that the lists of candidates may take: large budgets run in fewer programs
 SPARE = tl.constexpr(16)  # a cut on the way may leave so many candidates too many: it needs fewer steps
 
@@ -228,6 +229,76 @@ def _select(
         tl.debug_barrier()  # the next rows reuse the places
 
 
+@triton.jit
+def _merge(best, key, KEEP: tl.constexpr, FEW: tl.constexpr):
+    """The KEEP largest of each row's list and its distinct keys of a tile, in any order."""
+    rows: tl.constexpr = best.shape[0]
+    entering = tl.max(tl.sum((key > tl.min(best, 1)[:, None]).to(tl.int32), 1), 0)
+    if entering <= FEW:  # cheaper one by one: a row's best key takes the place of the least of its list
+        for _ in range(entering):
+            most, least = tl.max(key, 1)[:, None], tl.min(best, 1)[:, None]
+            best = tl.where(best == least, tl.maximum(most, least), best)
+            key = tl.where(key == most, ABSENT, key)
+    else:
+        best = tl.topk(tl.reshape(tl.join(best, tl.topk(key, KEEP)), [rows, 2 * KEEP]), KEEP)
+    return best
+
+
+@triton.jit
+def _select_sorted(
+    q_ptr, high_ptr, low_ptr, doc_ptr, index_ptr, lse_ptr, out_ptr,
+    n, n_q, slots, h_q: tl.constexpr, h_kv: tl.constexpr, SIZE: tl.constexpr, COUNT: tl.constexpr,
+    D: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, KEEP: tl.constexpr, FEW: tl.constexpr,
+    HAS_DOCS: tl.constexpr, HAS_INDEX: tl.constexpr, SPLIT: tl.constexpr, AUTHORS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Selections of ROWS tokens of one KV head, for budgets whose lists of candidates fit in registers."""
+    h, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    rows = (tl.num_programs(0) - 1 - tl.program_id(0)) * ROWS + tl.arange(0, ROWS)
+    real = rows < n_q
+    t, s = _places(doc_ptr, index_ptr, b, rows, n, n_q, HAS_DOCS, HAS_INDEX)
+    own = (t - s) // SIZE
+    begins = s // SIZE
+    ends = begins + own
+    edge = (begins + own // 16 * 16)[:, None]  # authors' rule only: where the current chunk of 16 begins
+    base = (b * h_kv + h) * slots * D
+    head = (b * n_q + rows) * h_q + h * (h_q // h_kv)
+    rank = tl.arange(0, KEEP)[None, :]
+    best = tl.zeros([ROWS, 1], tl.int64) - 1 - rank  # distinct, and below every key
+    early = best
+    scored = (tl.max(own, 0) >= COUNT) & (COUNT > 1)
+    if scored:
+        for first in range(tl.min(tl.where(real, begins, HIGHEST), 0), tl.max(ends, 0), TILE):
+            slot = first + tl.arange(0, TILE)
+            high, low = _pooled(high_ptr + base, low_ptr + base, slot, slots, D, SPLIT, True)
+            key = _group_keys(q_ptr, lse_ptr, high, low, head, real, h_q // h_kv, D, SPLIT, STAGES)
+            # Unsigned, over a low word that makes keys distinct, lower slots larger.
+            key = ((key ^ LOWEST).to(tl.int64) & 0xFFFFFFFF) << 31 | (slot ^ HIGHEST)[None, :].to(tl.int64)
+            seen = (slot[None, :] >= begins[:, None]) & (slot[None, :] < ends[:, None])
+            if AUTHORS:
+                before = seen & (slot[None, :] < edge)
+                early = _merge(early, tl.where(before, key, ABSENT), KEEP, FEW)
+                seen = seen & (slot[None, :] >= edge)
+            best = _merge(best, tl.where(seen, key, ABSENT), KEEP, FEW)
+    best = tl.topk(best, KEEP)
+    slot = (best & HIGHEST).to(tl.int32) ^ HIGHEST
+    block = tl.where((best >= 0) & (rank < COUNT - 1), slot - begins[:, None], HIGHEST)
+    column = rank
+    if AUTHORS:
+        early = tl.topk(early, KEEP)
+        slot = (early & HIGHEST).to(tl.int32) ^ HIGHEST
+        old = tl.where((early >= 0) & (rank < 8), slot - begins[:, None], HIGHEST)
+        block = tl.where((edge > begins[:, None]) & (rank >= 7), HIGHEST, block)
+        block = tl.reshape(tl.join(block, old), [ROWS, 2 * KEEP])
+        column = tl.arange(0, 2 * KEEP)[None, :]
+    block = tl.sort(block)
+    if not scored:  # every earlier block is selected
+        block = tl.where(column < own[:, None], column + tl.zeros_like(block), HIGHEST)
+    block = tl.where(block == HIGHEST, -1, block)
+    place = ((b * n_q + rows) * h_kv + h) * COUNT
+    tl.store(out_ptr + place[:, None] + 1 + column, block, mask=real[:, None] & (column < COUNT - 1))
+    tl.store(out_ptr + place, own, mask=real)
+
+
 def pool_keys(
     k_bnhd: Tensor, block_size: int, doc_starts: Tensor | None, factor: float = 1.0
 ) -> tuple[Tensor, Tensor | None]:
@@ -270,16 +341,25 @@ def select_blocks(
             config.stat_rows, config.stat_tile, **flags, STAGES=config.stat_stages, num_warps=config.stat_warps,
             maxnreg=config.stat_registers,
         )  # fmt: skip
+    out = torch.empty(batch, n_q, h_kv, spec.block_count, dtype=torch.int32, device=device)
     rows, tile = config.select_rows, config.select_tile
+    flags |= {"AUTHORS": spec.topk == "authors", "STAGES": config.select_stages}
+    flags |= {"num_warps": config.select_warps, "maxnreg": config.select_registers}
+    if spec.block_count <= config.select_sorted:
+        keep = max(2, triton.next_power_of_2(max(1, spec.block_count - 1)))
+        tile = max(tile, keep)
+        rows = max(16, min(rows, 4096 // tile))
+        _select_sorted[(triton.cdiv(n_q, rows), h_kv, batch)](
+            q, high, low, doc_starts, query_index, lse, out, n, n_q, slots, h_q, h_kv, spec.block_size, spec.block_count,
+            dim, rows, tile, keep, config.select_few, **flags,
+        )  # fmt: skip
+        return out
     capacity = triton.cdiv(spec.block_count + 32, 64) * 64 + max(tile, spec.block_count)
     most = min(config.select_programs * _processors(device), SCRATCH // (8 * capacity * rows))
     programs = max(1, min(triton.cdiv(n_q, rows) * h_kv * batch, most))
     key, slot = (torch.empty(programs, capacity, rows, dtype=torch.int32, device=device) for _ in range(2))
-    out = torch.empty(batch, n_q, h_kv, spec.block_count, dtype=torch.int32, device=device)
     _select[(programs,)](
         q, high, low, doc_starts, query_index, lse, key, slot, out,
-        n, n_q, slots, batch, h_q, h_kv, spec.block_size, spec.block_count, dim,
-        rows, tile, capacity, **flags, AUTHORS=spec.topk == "authors", STAGES=config.select_stages,
-        num_warps=config.select_warps, maxnreg=config.select_registers,
+        n, n_q, slots, batch, h_q, h_kv, spec.block_size, spec.block_count, dim, rows, tile, capacity, **flags,
     )  # fmt: skip
     return out
