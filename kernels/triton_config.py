@@ -55,7 +55,8 @@ TABLE = {
 }  # fmt: skip
 SMALL = (32, 32, 4, 2)
 GENERAL = Config(
-    stat_rows=32, stat_tile=32, stat_stages=2, select_rows=32, select_tile=32, select_stages=2, sparse_keys=32, sparse_warps=2, dq_keys=32, dq_warps=2,
+    stat_rows=32, stat_tile=32, stat_stages=2, select_rows=32, select_tile=32, select_stages=2,
+    sparse_keys=32, sparse_warps=2, dq_keys=32, dq_warps=2,
     dkv_rows=32, dkv_stages=2, dense_forward=SMALL, dense_dq=SMALL, dense_dkv=SMALL,
     dual_forward=SMALL, dual_dq=SMALL, dual_dkv=SMALL,
 )  # fmt: skip
