@@ -7,6 +7,8 @@ arithmetic.
 
 import os
 import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -28,6 +30,20 @@ def backend() -> str:
         return "gloo"
     shared = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > torch.cuda.device_count()
     return "gloo" if shared else "nccl"
+
+
+@contextmanager
+def deepspeed_on_this_device() -> Iterator[None]:
+    """DeepSpeed takes LOCAL_RANK for the number of a GPU, which ranks that share one do not have."""
+    real = os.environ.get("LOCAL_RANK")
+    if real is None or not available():
+        yield
+        return
+    os.environ["LOCAL_RANK"] = str(device().index)
+    try:
+        yield
+    finally:
+        os.environ["LOCAL_RANK"] = real
 
 
 def peak_memory() -> int:

@@ -193,7 +193,7 @@ def check(c: Configuration, case: Case, device: str, judge: bool = True) -> Outc
     verdicts = judged()
     again = tuple({v.what.split()[0]: None for v in verdicts if v.failed})
     if again:  # PyTorch's own error can only allow more: it is computed where that matters
-        own |= accuracy.yardsticks(again, leaves, *fixed, dtype=dtype, **kinds)
+        own |= accuracy.yardsticks(again, leaves, *fixed, dtype=dtype, ways=accuracy.WAYS, **kinds)
         verdicts = judged()
     verdicts.append(accuracy.Verdict("selection", gap, 0.0, f"selection: gap {gap:.2g} ties"))
     failures = [v.text for v in verdicts if v.failed]

@@ -147,3 +147,18 @@ def test_equal_streams_may_differ_by_their_rounding_and_no_more():
         got = ([trunk.bfloat16(), loss], [])
         found = accuracy.verdicts(accuracy.errors("ssa", got, truth, [truth], torch.bfloat16))
         assert found[1].failed == fails
+
+
+def test_the_worst_delta_that_rounding_allows_is_worse_than_a_rounded_one():
+    """And moves gradients of q and k only: what the kernels round there is what the third yardstick allows them."""
+    leaves, upstream, spec, masks, options = build(CASES[1])
+    blocks = oracle.select_blocks(*(x.detach() for x in leaves[:2]), spec, 8**-0.5, **options)
+    leaves = [x.detach() * sharp for x, sharp in zip(leaves, (16.0, 1.0, 1.0, 1.0), strict=True)]  # nearly one-hot rows
+    leaves = [x.bfloat16() for x in leaves]  # so that only the kernels' own roundings differ
+    fixed = ("full",), leaves, upstream.bfloat16(), masks, blocks, 8**-0.5, 3.0
+    [_, fused, worst] = accuracy.yardsticks(*fixed, dtype=torch.bfloat16, ways=accuracy.WAYS)["full"]
+    truth = accuracy.reference(*fixed, torch.float64)["full"]
+    assert torch.equal(fused[0][0], worst[0][0])
+    assert torch.equal(fused[1][2], worst[1][2])
+    for i in (0, 1):
+        assert (worst[1][i].double() - truth[1][i]).norm() > 2 * (fused[1][i].double() - truth[1][i]).norm()

@@ -18,7 +18,7 @@ PLAIN, PACKED = CASES[8], CASES[15]
 
 @pytest.mark.parametrize("case", [PLAIN, PACKED, CASES[16], CASES[10]], ids=str)
 def test_two_runs_are_bit_identical_in_deterministic_mode(case):
-    """Without documents PyTorch must choose a deterministic dense backend; with them the dense kernel is ours."""
+    """Also under `warn_only`, which this folder's fixture sets, and in which PyTorch's own flash attention is not."""
     leaves, upstream, spec, options = build(case, torch.bfloat16)
     runs = []
     for _ in range(2):
