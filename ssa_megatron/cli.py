@@ -102,6 +102,31 @@ def plan(
     )
 
 
+@app.command()
+def doctor(
+    cluster: Annotated[bool, typer.Option("--cluster", help="on every rank, under torchrun or srun")] = False,
+    disk: Annotated[Path, typer.Option(help="where runs will be")] = Path("runs"),
+    need_gib: Annotated[float, typer.Option(min=0, help="GiB that must be free there; `ssa plan` knows them")] = 10,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="of the rendezvous")] = 29500,
+    host: Annotated[list[str] | None, typer.Option(help="another machine whose name must resolve; repeat")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON object instead of the page")] = False,
+    timeout: Annotated[float, typer.Option(min=1, help="seconds to wait for the other ranks")] = 60,
+) -> None:
+    """Is this machine, or with --cluster all of them, fit to train: OK, WARN, FAIL, and the remedy. Exit code 7 for a FAIL."""
+    from ssa_megatron.doctor.command import doctor as examine
+
+    found = examine(
+        cluster=cluster,
+        disk=disk,
+        need_gib=need_gib,
+        port=port,
+        hosts=host or [],
+        as_text=not as_json,
+        timeout=timeout,
+    )
+    raise typer.Exit(found)
+
+
 @app.command("config")
 def show_config(recipe: RecipeName, overrides: Overrides = None) -> None:
     """Print a recipe resolved, every default written out."""

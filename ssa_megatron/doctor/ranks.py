@@ -1,0 +1,40 @@
+"""Which rank of how many this process is, from whoever started it: torchrun, or srun alone. Imports no torch.
+
+It refuses a --cluster that nobody started on several machines.
+"""
+
+import os
+import socket
+import subprocess
+
+from ssa_megatron.errors import ConfigError
+
+VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def find() -> None:
+    """Complete torchrun's variables in the environment, under srun from SLURM's. Raises ConfigError when there are none."""
+    if "RANK" not in os.environ and "SLURM_PROCID" in os.environ:
+        _from_slurm()
+    missing = [name for name in VARIABLES if name not in os.environ]
+    if missing:
+        raise ConfigError(
+            f"--cluster, and {', '.join(missing)} not set: nobody started us together",
+            remedy="torchrun --nnodes N --nproc-per-node G ... -m ssa_megatron doctor --cluster, or the same under srun",
+        )
+
+
+def _from_slurm() -> None:
+    """srun without torchrun: the first node is the meeting place, the job's number chooses the port."""
+    nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_JOB_NODELIST", "localhost")
+    listed = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=False)
+    first = (listed.stdout.split() or [socket.gethostname()])[0]
+    tasks = os.environ.get("SLURM_STEP_TASKS_PER_NODE", "1").partition("(")[0].partition(",")[0]
+    os.environ.setdefault("MASTER_ADDR", first)
+    os.environ.setdefault("MASTER_PORT", str(20000 + int(os.environ.get("SLURM_JOB_ID", "0")) % 20000))
+    os.environ.update(
+        RANK=os.environ["SLURM_PROCID"],
+        WORLD_SIZE=os.environ["SLURM_NTASKS"],
+        LOCAL_RANK=os.environ["SLURM_LOCALID"],
+        LOCAL_WORLD_SIZE=tasks,
+    )
