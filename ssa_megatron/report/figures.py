@@ -106,7 +106,7 @@ def _losses(lines: list[dict], extra: dict) -> str:
 
 def _alignment(recipe: Recipe, lines: list[dict]) -> str:
     if recipe.attention.kind != "ssa":
-        return _absence("Alignment loss", f"Attention of kind {recipe.attention.kind} has no alignment loss.")
+        return absence("Alignment loss", f"Attention of kind {recipe.attention.kind} has no alignment loss.")
     points = series(lines, "alignment")
     layers, legend = _curve(points, "train", "training, each step, not weighted")
     held_out = series(lines, "eval/alignment")
@@ -143,9 +143,9 @@ def _evaluated(recipe: Recipe, lines: list[dict], name: str, title: str, *, y_la
     if not any(is_finite(y) for _, y in points):
         interval = recipe.train.eval_interval
         why = f"the first is due at step {interval:,}" if interval else "train.eval_interval is 0"
-        return _absence(title, "Evaluated, but never finite." if points else f"No evaluation has run yet: {why}.")
+        return absence(title, "Evaluated, but never finite." if points else f"No evaluation has run yet: {why}.")
     if all(y == 0 for _, y in points):
-        return _absence(title, f"Not measured for attention of kind {recipe.attention.kind}.")
+        return absence(title, f"Not measured for attention of kind {recipe.attention.kind}.")
     drawing = {
         "layers": [Layer(points, "line", "sparse"), Layer(points, "dot", "sparse", name)],
         "label": f"{title} over steps",
@@ -216,21 +216,29 @@ def _figure(
         for name, (width, height) in (sizes or {"": _SMALL}).items()
     }
     if not all(drawings.values()):
-        return _absence(title, "Recorded, but never finite." if points else "Not in metrics.jsonl.")
+        return absence(title, "Recorded, but never finite." if points else "Not in metrics.jsonl.")
     if crosses:
         count = f"{len(crosses):,} step{'s' if len(crosses) > 1 else ''}"
         legend = [*legend, ("cross", f"{count} not finite")]
-    keys = "".join(f"<li>{_swatch(kind)}{escape(text)}</li>" for kind, text in legend)
+    return framed(title, drawings, legend, note=note, last=short(last_finite(points)))
+
+
+def framed(
+    title: str, drawings: dict[str, str], legend: list[tuple[str, str]], *, note: str = "", last: str = ""
+) -> str:
+    """A figure: `drawings` (SVG by CSS class), under their title and a legend of (mark and role, text)."""
+    keys = "".join(f"<li>{swatch(kind)}{escape(text)}</li>" for kind, text in legend)
     shapes = "".join(f'<div class="drawing {name}">{svg}</div>' for name, svg in drawings.items())
     tail = f'<p class="note">{escape(note)}</p>' if note else ""
     return (
         f"<figure><figcaption><h3>{escape(title)}</h3>"
-        f'<span class="last">{escape(short(last_finite(points)))}</span></figcaption>'
+        f'<span class="last">{escape(last)}</span></figcaption>'
         f'<ul class="legend">{keys}</ul>{shapes}{tail}</figure>'
     )
 
 
-def _swatch(kind: str) -> str:
+def swatch(kind: str) -> str:
+    """The mark of a legend: what a layer of this mark and role looks like."""
     mark, _, role = kind.partition(" ")
     shape = {
         "dot": f'<circle class="dot {role}" cx="9" cy="6" r="2.6"/>',
@@ -243,7 +251,8 @@ def _swatch(kind: str) -> str:
     )
 
 
-def _absence(title: str, why: str) -> str:
+def absence(title: str, why: str) -> str:
+    """A figure that could not be drawn, and why."""
     return f'<figure><figcaption><h3>{escape(title)}</h3></figcaption><p class="absent">{escape(why)}</p></figure>'
 
 

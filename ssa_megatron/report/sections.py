@@ -26,7 +26,7 @@ def perplexity(extra: dict) -> str:
                 (row.get("mode"), blocks, _decimals(nats, 4), _decimals(_number(row.get("perplexity")), 2), gap)
             )
         heads = ("Mode", "*Blocks", "*Nats per token", "*Perplexity", "*Against full")
-        return _table(heads, cells)
+        return html_table(heads, cells)
 
     return _list_section("Perplexity of the exported model", extra, "perplexity", dict, table)
 
@@ -53,7 +53,7 @@ def resume(extra: dict) -> str:
     if found is None:
         return ""
     if not isinstance(found, dict):
-        return _section("Killed and resumed", _unexpected("resume", found))
+        return section("Killed and resumed", _unexpected("resume", found))
     compared = found.get("steps_compared")
     facts = {
         "Killed": f"at step {_text(found.get('killed_at_step'))}",
@@ -63,7 +63,7 @@ def resume(extra: dict) -> str:
         "sha256 of the weights": f"<code>{_text(found.get('sha256'))}</code>",
     }
     rows = "".join(f"<dt>{key}</dt><dd>{value}</dd>" for key, value in facts.items())
-    return _section("Killed and resumed", f'<dl class="facts">{rows}</dl>')
+    return section("Killed and resumed", f'<dl class="facts">{rows}</dl>')
 
 
 def notes(extra: dict) -> str:
@@ -77,7 +77,7 @@ def notes(extra: dict) -> str:
 def checkpoints(found: list[dict], *, keep: int) -> str:
     """Table of committed checkpoints, newest first; sizes are compared with the manifest, digests are not."""
     if not found:
-        return _section("Checkpoints", '<p class="absent">No checkpoint is committed in this run folder.</p>')
+        return section("Checkpoints", '<p class="absent">No checkpoint is committed in this run folder.</p>')
     cells = []
     for row in found:
         stamp = time.strftime("%Y-%m-%d %H:%M", time.localtime(row["time"])) if "time" in row else None
@@ -87,7 +87,7 @@ def checkpoints(found: list[dict], *, keep: int) -> str:
         cells.append((row["name"], count, row.get("files"), _size(row.get("bytes")), stamp, state))
     heads = ("Folder", "*Tokens", "*Files", "*Size", "Committed", "State")
     note = f"The newest {keep} are kept. Complete: every file has the size its manifest says; digests are checked on loading."
-    return _section("Checkpoints", f'{_table(heads, cells)}<p class="note">{note}</p>')
+    return section("Checkpoints", f'{html_table(heads, cells)}<p class="note">{note}</p>')
 
 
 def _list_section(title: str, extra: dict, key: str, kind: type, show: Callable[[list], str]) -> str:
@@ -96,18 +96,19 @@ def _list_section(title: str, extra: dict, key: str, kind: type, show: Callable[
     if found is None:
         return ""
     if not isinstance(found, list):
-        return _section(title, _unexpected(key, found))
+        return section(title, _unexpected(key, found))
     good = [entry for entry in found if isinstance(entry, kind)]
     odd = [entry for entry in found if not isinstance(entry, kind)]
     body = (show(good) if good else "") + "".join(_unexpected(key, entry) for entry in odd)
-    return _section(title, body or f'<p class="absent">{escape(key)} is an empty list.</p>')
+    return section(title, body or f'<p class="absent">{escape(key)} is an empty list.</p>')
 
 
-def _section(title: str, body: str) -> str:
+def section(title: str, body: str) -> str:
+    """HTML under a heading."""
     return f"<section><h2>{escape(title)}</h2>{body}</section>"
 
 
-def _table(heads: tuple[str, ...], rows: list[tuple]) -> str:
+def html_table(heads: tuple[str, ...], rows: list[tuple]) -> str:
     """A column whose head begins with `*` holds numbers."""
     kinds = [' class="number"' if head.startswith("*") else "" for head in heads]
     head = "".join(f"<th{kind}>{escape(name.lstrip('*'))}</th>" for kind, name in zip(kinds, heads, strict=True))

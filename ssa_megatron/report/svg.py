@@ -53,6 +53,7 @@ class _Frame:
     bottom: float
     x: Axis
     y: Axis
+    x_label: str
 
     def place(self, x: float, y: float) -> tuple[float, float]:
         return (
@@ -79,11 +80,13 @@ def chart(
     rules: Iterable[float] = (),
     verticals: Iterable[float] = (),
     crosses: Sequence[tuple[float, str]] = (),
+    x_axis: Axis | None = None,
 ) -> str:
     """An `<svg>` element, or "" when no layer holds a finite value. Sizes are in units of the view box.
 
     The y axis is logarithmic when all values are positive and largest / smallest exceeds `log_above`, and starts at 0 with
     `zero`. `rules` are dashed horizontals, `verticals` dotted, `crosses` (x, what to say) mark steps at the upper edge.
+    Without `x_axis`, x runs linearly from 0 over whole numbers.
     """
     rules, verticals = [rule for rule in rules if is_finite(rule)], list(verticals)
     values = [y for layer in layers for _, y in layer.points if is_finite(y)]
@@ -94,8 +97,8 @@ def chart(
     low, high = min(reach), max(reach)
     log = low > 0 and high / low > log_above
     y_axis = log_axis(low, high) if log else linear_axis(low, high, ticks=max(3, height // 62))
-    x_axis = linear_axis(0, max(1.0, *xs), ticks=max(3, width // 95), whole=True, extend=False)
-    frame = _Frame(50, width - 18, 26, height - 34, x_axis, y_axis)
+    x_axis = x_axis or linear_axis(0, max(1.0, *xs), ticks=max(3, width // 95), whole=True, extend=False)
+    frame = _Frame(50, width - 18, 26, height - 34, x_axis, y_axis, x_label)
     title = f"{y_label} {y_axis.unit}".strip() + (", log scale" if log else "")
     return "\n".join(
         (
@@ -209,7 +212,8 @@ def _layer(layer: Layer, frame: _Frame) -> Iterator[str]:
         return
     for x, y in points:
         if is_finite(y):
-            yield _point(layer, *frame.place(x, y), f"{layer.name} {y:.6g}, step {x:,.0f}".strip())
+            where = f"{frame.x_label} {x:,.0f}" if x == int(x) else f"{frame.x_label} {x:.3g}"
+            yield _point(layer, *frame.place(x, y), f"{layer.name} {y:.6g}, {where}".strip())
 
 
 def _point(layer: Layer, x: float, y: float, says: str) -> str:
