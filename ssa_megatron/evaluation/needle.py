@@ -96,7 +96,9 @@ def build(tokenizer, stream: list[int], context: int, depth: float, seed: str, c
     prompts = []
     for fact_tokens in planted:
         before = context - len(marks) - len(fact_tokens) - after - len(asked)
-        prompts.append(marks + stream[end - after - before : end - after] + fact_tokens + stream[end - after : end] + asked)
+        prompts.append(
+            marks + stream[end - after - before : end - after] + fact_tokens + stream[end - after : end] + asked
+        )
     return [Sample(prompt, [answers[i], *answers[:i], *answers[i + 1 :]]) for i, prompt in enumerate(prompts)]
 
 

@@ -29,9 +29,9 @@ def write_page(out: Path, found: Sequence[dict]) -> Path:
     style = "\n".join(path.read_text(encoding="utf-8") for path in STYLES)
     drawn = {part: list(draw(found)) for part, draw in PICTURES.items()}
     for part, pictures in drawn.items():
-        for number, (_, svg, _) in enumerate(pictures):
+        for number, picture in enumerate(pictures):
             name = f"{part}-{number}.svg" if len(pictures) > 1 else f"{part}.svg"
-            replace_durably(out / name, standalone(svg, style))
+            replace_durably(out / name, standalone(*picture, style))
     every = tables(found, detail=True)
     sections = [
         _section(part, [table for table in every if table.part == part], drawn.get(part, []))
@@ -52,14 +52,25 @@ def write_page(out: Path, found: Sequence[dict]) -> Path:
     return out / "report.html"
 
 
-def standalone(svg: str, style: str) -> str:
-    """An SVG file with the page's own style, on paper of its own: it reads the same wherever it is shown."""
-    light = re.sub(r"(?s)@media[^{]*\{(?:[^{}]*\{[^{}]*\})*[^{}]*\}", "", style)
-    kept = "\n".join(line for line in light.splitlines() if re.match(r"\s*(:root|--|svg|\})", line))
-    box = re.search(r'viewBox="0 0 (\d+) (\d+)"', svg)
-    paper = f'<rect width="{box[1]}" height="{box[2]}" fill="#fdfcf9"/>'
-    inner = f"<style>{kept.replace('svg ', '')}\ntext {{ fill: #666b73; font: 11.5px sans-serif; }}</style>{paper}"
-    return svg.replace(">", f">{inner}", 1) + "\n"
+def standalone(title: str, svg: str, legend: Sequence[tuple[str, str]], style: str) -> str:
+    """A picture as a file of its own: title, drawing, legend and style, on paper that follows the reader's colour scheme."""
+    width, height = map(int, re.search(r'viewBox="0 0 (\d+) (\d+)"', svg).groups())
+    marks, x, y = [], 12, height + 44
+    for kind, text in legend:
+        room = 34 + 6 * len(text)
+        if x > 12 and x + room > width:
+            x, y = 12, y + 18
+        marks.append(f'<g transform="translate({x} {y - 10})">{figures.mark(kind)}</g>')
+        marks.append(f'<text x="{x + 24}" y="{y}">{escape(text)}</text>')
+        x += room
+    tall = y + 12 if legend else height + 34
+    return (
+        f'<svg viewBox="0 0 {width} {tall}" width="{width}" height="{tall}" xmlns="http://www.w3.org/2000/svg">'
+        f'<style>{escape(style)}</style><rect width="{width}" height="{tall}" style="fill: var(--paper)"/>'
+        f'<text x="12" y="18" style="fill: var(--ink)">{escape(title)}</text>'
+        f'<g transform="translate(0 26)">{re.sub("^<svg ", f"""<svg width="{width}" height="{height}" """, svg)}</g>'
+        f"{''.join(marks)}</svg>\n"
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------ pictures
@@ -100,13 +111,15 @@ def _length(found: Sequence[dict]) -> Iterator[Picture]:
                 points = [(end, math.exp(n)) for end, n in zip(part["edges"][1:], row["nats"], strict=True)]
                 layers += [Layer(points, "line", role + dashed), Layer(points, "dot", role, model["name"])]
                 legend.append((f"line {role}{dashed}", f"{model['name']}, {setting(row)}"))
+    inside = [at for at in sorted(trained) if min(ends, default=0) <= at <= max(ends, default=0)]
+    legend += [("vertical", f"trained on {at:,} tokens") for at in inside]
     if layers:
         yield (
             "Perplexity by position",
             chart(
                 layers, width=WIDE[0], height=WIDE[1], label="Perplexity by position", x_label="tokens, end of the bucket",
                 y_label="perplexity", x_axis=_doubling(ends), log_above=8,
-                verticals=[at for at in trained if min(ends) <= at <= max(ends)],
+                verticals=inside,
             ),
             legend,
         )  # fmt: skip

@@ -156,9 +156,9 @@ def _needle(found: Sequence[dict]) -> Table:
             shares = [f"{_mean(c, 'ranked'):.2f} / {_mean(c, 'greedy'):.2f}" if c else None for c in here]
             rows.append((model["name"], name, *shares, f"{_mean(cells, 'margin'):+.3f}"))
     part = found[0]["needle"]
-    count = sum(cell["samples"] for cell in part["cells"] if cell["context"] == contexts[0]) // 2
     note = (
-        f"ranked first / written greedily, means over depths, {count} needles a cell; chance {part['chance']:.3f} / 0"
+        f"ranked first / written greedily, means over {len(part['depths'])} depths of {part['cells'][0]['samples']} needles; "
+        f"chance {part['chance']:.3f} / 0"
     )
     return Table(
         "needle",

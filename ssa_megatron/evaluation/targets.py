@@ -42,7 +42,7 @@ def kind_of(target: Path) -> str:
         return "results"
     if (target / "config.json").is_file():
         return "folder"
-    if (target / "config.yaml").is_file() or (target / "manifest.json").is_file():
+    if (target / "checkpoints").is_dir() or (target / "manifest.json").is_file():
         return "run"
     raise CheckpointError(
         f"{target}: neither a run folder, nor an exported folder, nor results of an evaluation",

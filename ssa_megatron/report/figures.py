@@ -238,17 +238,19 @@ def framed(
 
 
 def swatch(kind: str) -> str:
-    """The mark of a legend: what a layer of this mark and role looks like."""
-    mark, _, role = kind.partition(" ")
-    shape = {
+    """The sign of a layer of this mark and role, for a legend."""
+    return f'<svg class="swatch" viewBox="0 0 18 12" aria-hidden="true" xmlns="http://www.w3.org/2000/svg">{mark(kind)}</svg>'
+
+
+def mark(kind: str) -> str:
+    """The shapes of a swatch, in a box of 18 x 12."""
+    name, _, role = kind.partition(" ")
+    return {
         "dot": f'<circle class="dot {role}" cx="9" cy="6" r="2.6"/>',
         "ring": f'<circle class="ring {role}" cx="9" cy="6" r="4.6"/>',
         "cross": '<path class="cross" d="M6 3l6 6m0 -6l-6 6"/>',
         "vertical": '<line class="vertical" x1="9" y1="0" x2="9" y2="12"/>',
-    }.get(mark, f'<line class="{kind}" x1="0" y1="6" x2="18" y2="6"/>')
-    return (
-        f'<svg class="swatch" viewBox="0 0 18 12" aria-hidden="true" xmlns="http://www.w3.org/2000/svg">{shape}</svg>'
-    )
+    }.get(name, f'<line class="{kind}" x1="0" y1="6" x2="18" y2="6"/>')
 
 
 def absence(title: str, why: str) -> str:
