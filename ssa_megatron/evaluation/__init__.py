@@ -1,1 +1,1 @@
-"""Evaluation of exported models."""
+"""Evaluation of trained models: `ssa evaluate`."""

@@ -1,4 +1,4 @@
-"""Perplexity of an exported folder on packed token rows, in full or sparse mode and at any number of blocks.
+"""Perplexity of an exported folder on packed token rows, as the trainer makes them, in full or sparse mode.
 
 Every document is scored from its own start and its first token is context only, exactly what the trainer's loss counts,
 so the figure is comparable with the validation loss of the run. It refuses rows whose document starts do not describe
@@ -7,7 +7,6 @@ documents.
 
 import itertools
 import math
-from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -87,24 +86,3 @@ def perplexity(
         raise DataProblem("no document has a second token to predict", remedy="pass longer documents")
     used = (block_count or model.config.block_count) if mode == "sparse" else None
     return Perplexity(mode, used, nats / counted, math.exp(nats / counted), counted)
-
-
-def budgets(model, longest: int, wanted: Iterable[int | str] = (4, 8, 16, "all")) -> list[int]:
-    """Block counts with "all" replaced by the number of blocks in a document of `longest` tokens."""
-    whole = -(-longest // model.config.block_size)
-    return [whole if count == "all" else int(count) for count in wanted]
-
-
-def compare(
-    target,
-    tokens: Tensor,
-    doc_starts: Tensor,
-    *,
-    block_counts: Iterable[int | str] = (4, 8, 16, "all"),
-    device: str = "cpu",
-) -> list[Perplexity]:
-    """Full mode, then sparse mode at each block count ("all": those of the longest document, where sparse is full)."""
-    model = open_folder(target, device=device)[0] if isinstance(target, str | Path) else target
-    longest = max(map(len, split_documents(tokens, doc_starts)))
-    settings = [("full", None), *(("sparse", count) for count in budgets(model, longest, block_counts))]
-    return [perplexity(model, tokens, doc_starts, mode=mode, block_count=count) for mode, count in settings]

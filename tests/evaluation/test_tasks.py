@@ -111,12 +111,15 @@ def likelihood(tiny, question: str, choice: str, mode: str) -> float:
 
 
 @needs_library
+@pytest.mark.slow
 def test_unknown_tasks_are_refused(file):
     with pytest.raises(ConfigError, match="no task 'piqqa'"):
         tasks.check(["piqqa", str(file)])
 
 
 @needs_library
+@pytest.mark.slow
+@pytest.mark.timeout(700)
 def test_lm_eval_itself_runs_an_exported_folder_in_batches(tiny, folder, file, tmp_path):
     """Its own command line, with nothing of ours in the process but the folder."""
     tasks._from_questions(file, tmp_path)
@@ -125,7 +128,7 @@ def test_lm_eval_itself_runs_an_exported_folder_in_batches(tiny, folder, file, t
                "--include_path", str(tmp_path), "--output_path", str(tmp_path / "out.json"), "--device", "cpu"]  # fmt: skip
     home = {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""}
     done = subprocess.run(
-        [sys.executable, *command], cwd=tmp_path, env=os.environ | home, capture_output=True, text=True, timeout=240
+        [sys.executable, *command], cwd=tmp_path, env=os.environ | home, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr[-2000:]
     (line,) = (line for line in done.stdout.splitlines() if re.search(r"\bacc\b", line))

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ssa_megatron.errors import CheckpointError, ConfigError, DataProblem
-from ssa_megatron.evaluation.perplexity import compare, perplexity, split_documents
+from ssa_megatron.evaluation.perplexity import perplexity, split_documents
 from ssa_megatron.hf import bare
 from ssa_megatron.hf.generate import generate, open_folder
 from tests.oracle import model as oracle
@@ -48,13 +48,6 @@ def test_batching_does_not_change_perplexity(opened, rows):
         got = perplexity(opened[0], *rows, mode="sparse", batch_tokens=batch_tokens)
         assert got.nats_per_token == pytest.approx(whole.nats_per_token, rel=1e-6)
         assert got.tokens == whole.tokens
-
-
-def test_comparison_shows_both_modes_and_all_blocks_equal_full(folder, rows):
-    full, two, four, whole = compare(folder, *rows, block_counts=(2, 4, "all"))
-    assert [entry.block_count for entry in (full, two, four, whole)] == [None, 2, 4, 8]
-    assert whole.nats_per_token == full.nats_per_token
-    assert len({full.nats_per_token, two.nats_per_token, four.nats_per_token}) == 3
 
 
 def test_documents_are_split_at_their_starts(rows):
