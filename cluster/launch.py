@@ -1,0 +1,178 @@
+"""Starts `ssa train` on this node, together with the other nodes: torchrun for machines that fail and schedulers that preempt.
+
+Give the same command on every node; without a scheduler each needs its own `--node-rank`, under SLURM nothing more is needed:
+
+    python -m cluster.launch --nodes 2 --node-rank 0 --host 10.0.0.1 --nproc-per-node 8 \\
+        train ssa-1b data.path=/shared/data --run-folder /shared/runs/first
+
+Ends with the code the ranks agreed on: 0 done, 75 start the same command again, 2 to 7 with a remedy in the log, 128 + signal
+when it was killed. A crash restarts from the last committed checkpoint; with `--nodes 1:2` on as few nodes as 1.
+"""
+
+import argparse
+import os
+import re
+import socket
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from cluster.addresses import AddressProblem, interface, own_address, resolve
+from cluster.endings import START_AGAIN, RestartBudget
+
+PORT = 29500
+RESTARTS = 4  # one more than the run folder's own account allows, which then says which batch it was
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """The command line, completed from SLURM's variables; exits with 2 on what cannot be."""
+    environment = os.environ
+    job = environment.get("SLURM_JOB_ID") if "SLURM_NODEID" in environment else None
+    parser = argparse.ArgumentParser(
+        "python -m cluster.launch", description=__doc__.splitlines()[0], allow_abbrev=False
+    )
+    parser.add_argument("--nodes", default=environment["SLURM_NNODES"] if job else "1", help="N, or MIN:MAX")
+    parser.add_argument(
+        "--node-rank", type=int, default=int(environment["SLURM_NODEID"]) if job else 0, help="0 on the machine --host"
+    )
+    parser.add_argument("--host", default=environment.get("SSA_HOST"), help="HOST[:PORT] of node rank 0")
+    parser.add_argument("--nproc-per-node", type=int, default=1, help="ranks on this node: one per GPU")
+    parser.add_argument("--grace", type=float, default=120, help="seconds from a signal to SIGKILL; 120 by default")
+    parser.add_argument("--silence", type=float, default=15, help="seconds after which a silent node is lost; 15")
+    parser.add_argument("--join-timeout", type=int, default=600, help="seconds to wait for the other nodes; 600")
+    parser.add_argument(
+        "--last-call", type=int, default=30, help="with MIN:MAX, seconds to wait for more than MIN nodes; 30"
+    )
+    parser.add_argument("--id", default=f"slurm-{job}" if job else "ssa", help="the same on all nodes of a launch")
+    parser.add_argument("command", nargs=argparse.REMAINDER, metavar="train ...", help="the verb and its arguments")
+    found = parser.parse_args(arguments)
+    nodes = re.fullmatch(r"(\d+)(?::(\d+))?", found.nodes)
+    if not nodes or not 0 < int(nodes[1]) <= int(nodes[2] or nodes[1]):
+        parser.error(f"--nodes {found.nodes} is neither N nor MIN:MAX with 0 < MIN <= MAX")
+    found.fewest, found.most = int(nodes[1]), int(nodes[2] or nodes[1])
+    if found.command[:1] != ["train"] or "--run-folder" not in found.command[:-1]:
+        parser.error(
+            "give `train RECIPE ... --run-folder RUN` after the options: restarts are counted in the run folder"
+        )
+    found.run = Path(found.command[found.command.index("--run-folder") + 1])
+    if found.most > 1 and not found.host:
+        parser.error("--host is needed with several nodes: the address of node rank 0, as the others reach it")
+    if found.nproc_per_node < 1 or found.node_rank < 0:
+        parser.error("--nproc-per-node must be at least 1, --node-rank at least 0")
+    host, _, port = (found.host or "127.0.0.1").partition(":")
+    # Jobs that share a node must not share a port, so SLURM's job number picks it; below the range of outgoing connections.
+    found.port = int(port) if port else (10000 + int(job) % 20000 if job else PORT)
+    found.host, found.hosting = host, found.node_rank == 0
+    return found
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Launch, watch, restart; returns the exit code."""
+    options = parse(sys.argv[1:] if arguments is None else arguments)
+    began = float(os.environ.setdefault("SSA_LAUNCH_BEGAN", str(time.time())))
+    try:
+        address = own_address(options.host, hosting=options.hosting, nodes=options.most)
+        host = resolve(options.host)
+    except AddressProblem as problem:
+        print(f"launch: {problem}", file=sys.stderr, flush=True)
+        return 7
+    if options.most > 1 and (name := interface(address)):
+        # gloo would bind to whatever this machine's own name resolves to, NCCL to the first interface it likes
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={name}")
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # ranks share the cores; torchrun's own default
+    print(
+        f"launch: node {options.node_rank} ({socket.gethostname()}, {address}) of {options.nodes}, "
+        f"{options.nproc_per_node} rank(s); rendezvous at {host}:{options.port}",
+        file=sys.stderr,
+        flush=True,
+    )
+    with tempfile.TemporaryDirectory(prefix="ssa-launch-") as logs:
+        return _launch(options, host, address, Path(logs), began)
+
+
+def _launch(options: argparse.Namespace, host: str, address: str, logs: Path, began: float) -> int:
+    from torch.distributed.elastic.agent.server.api import WorkerSpec
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+    from torch.distributed.elastic.rendezvous import (
+        RendezvousConnectionError,
+        RendezvousError,
+        RendezvousParameters,
+        RendezvousTimeoutError,
+        registry,
+    )
+
+    from cluster.agent import Agent, Interrupted
+    from cluster.peers import Lost, WatchedRendezvous
+
+    parameters = RendezvousParameters(
+        backend="c10d",
+        endpoint=f"{host}:{options.port}",
+        run_id=options.id,
+        min_nodes=options.fewest,
+        max_nodes=options.most,
+        local_addr=address,
+        is_host=options.hosting,  # said, not guessed: torchrun compares names, which fails with aliases
+        join_timeout=options.join_timeout,
+        last_call_timeout=options.last_call,
+        read_timeout=max(1, int(options.silence)),
+    )
+    name = f"{os.environ.get('SLURMD_NODENAME') or socket.gethostname()} at {address}"
+    agent = None
+    try:
+        rendezvous = WatchedRendezvous(
+            registry.get_rendezvous_handler(parameters),
+            host=host,
+            port=options.port,
+            name=name,
+            silence=options.silence,
+        )
+        spec = WorkerSpec(
+            role="train",
+            local_world_size=options.nproc_per_node,
+            entrypoint=sys.executable,
+            args=("-u", "-m", "ssa_megatron", *options.command),
+            rdzv_handler=rendezvous,
+            max_restarts=1_000_000,  # the budget decides
+            monitor_interval=0.1,
+            local_addr=address,
+        )
+        agent = Agent(
+            spec,
+            DefaultLogsSpecs(log_dir=str(logs)),
+            rendezvous,
+            RestartBudget(options.run, RESTARTS),
+            grace=options.grace,
+        )
+        agent.listen()
+        codes = agent.run().return_values
+        rendezvous.shutdown()
+    except Interrupted as reason:
+        print(f"launch: {reason}; the same command starts the run", file=sys.stderr, flush=True)
+        return START_AGAIN
+    except RendezvousTimeoutError:
+        problem = f"fewer than {options.fewest} node(s) came to {host}:{options.port} within {options.join_timeout} s"
+        print(f"launch: {problem}; were all of them started?", file=sys.stderr, flush=True)
+        return 7
+    except (Lost, RendezvousError) as problem:
+        left = began + options.join_timeout - time.time()
+        if isinstance(problem, RendezvousConnectionError) and options.hosting:
+            print(f"launch: port {options.port} of {host} cannot be used: {problem.__cause__}", file=sys.stderr)
+            return 7
+        print(f"launch: {problem}", file=sys.stderr, flush=True)
+        if isinstance(problem, Lost):
+            os.environ["SSA_LAUNCH_BEGAN"] = str(time.time())
+        elif left <= 0:
+            return 7
+        time.sleep(1)
+        os.execv(
+            sys.executable, sys.orig_argv
+        )  # afresh: the old store connection cannot be trusted, nor its threads ended
+    if agent.killed_by is not None:
+        return 128 + agent.killed_by
+    return next((code for code in codes.values() if code), 0) if codes else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,263 @@
+"""Submits a run to SLURM: plan, snapshot, render, sbatch, and where to look. A recipe that cannot run never gets a job number.
+
+    cluster/submit --nodes 8 ssa-8b data.path=/shared/data --run-folder /shared/runs/first
+
+The run folder receives code/HASH (this code and the resolved recipe, which the job runs from, so that editing the checkout
+changes no running job), jobs/NAME.sbatch and logs/. Given again for the same run folder, it continues the run. It refuses what
+`ssa plan` refuses, on any number of nodes the job may get.
+"""
+
+import argparse
+import hashlib
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import yaml
+
+CLUSTER = Path(__file__).parent
+PACKAGES = ("ssa_megatron", "kernels", "pipelines", "cluster")
+TEMPLATES = tuple(sorted(path.stem for path in (CLUSTER / "templates").glob("*.sbatch")))
+WARNING = 60  # seconds: SLURM may send --signal up to a minute before or after the time it was asked for
+SITE = {
+    "python": str,
+    "gpu": str,
+    "gpus_per_node": int,
+    "ranks_per_node": int,
+    "cpus_per_node": int,
+    "network": str,
+    "time": str,
+    "grace": int,
+    "sbatch": list,
+    "setup": list,
+    "image": str,
+    "mounts": list,
+}
+
+
+class Refused(Exception):
+    """Nothing was submitted; the text says why and what to do."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Submit; returns the exit code: 0, or 2 with a message on stderr."""
+    options = _parse(sys.argv[1:] if arguments is None else arguments)
+    try:
+        _submit(options)
+    except Refused as reason:
+        print(f"error: {reason}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _submit(options: argparse.Namespace) -> None:
+    site, network = read_site(options.site), read_networks()
+    if site["network"] not in network:
+        raise Refused(f"{options.site}: network: {site['network']!r} is not one of {', '.join(network)}")
+    run = Path(os.path.abspath(options.run_folder))
+    if re.search(r'[\s"$`\\%]', str(run)):  # it stands in #SBATCH lines, where nothing can be quoted
+        raise Refused(f"--run-folder {run}: SLURM takes no blanks, quotes, $, % or backslashes in a path of #SBATCH")
+    recipe = _resolve(options.recipe, options.overrides)
+    sweep = _read_sweep(options.sweep) if options.template == "array" else [""]
+    fewest, most = options.nodes
+    for line in sweep:
+        for nodes in range(fewest, most + 1):
+            _plan(recipe, line, nodes * site["ranks_per_node"], site["gpu"], run)
+    code = _snapshot(run, recipe, sweep)
+    values = {
+        "name": run.name,
+        "nodes": str(most) if fewest == most else f"{fewest}-{most}",
+        "cpus": str(site["cpus_per_node"]),
+        "time": options.time or site["time"],
+        "warning": str(site["grace"] + WARNING),
+        "grace": str(site["grace"]),
+        "ranks": str(site["ranks_per_node"]),
+        "python": site["python"],
+        "run": str(run),
+        "code": str(code),
+        "last": str(len(sweep) - 1),
+        "image": site["image"],
+        "mounts": ",".join(f"{path}:{path}" for path in _mounts(site, run, recipe)),
+    }
+    if options.template in ("pyxis", "apptainer") and not site["image"]:
+        raise Refused(f"template {options.template} needs `image` in {options.site}")
+    extra = [f"--gpus-per-node={site['gpus_per_node']}"] * (site["gpus_per_node"] > 0) + site["sbatch"]
+    script = run / "jobs" / f"{options.template}.sbatch"
+    text = render(options.template, values, site=extra, environment=_environment(site, network))
+    for folder in (script.parent, run / "logs"):
+        folder.mkdir(parents=True, exist_ok=True)
+    script.write_text(text)
+    print(f"code and recipe  {code}\njob script       {script}")
+    if options.dry_run:
+        print(f"not submitted; sbatch {script} does it")
+        return
+    try:
+        done = subprocess.run(["sbatch", "--parsable", str(script)], capture_output=True, text=True, timeout=120)
+    except FileNotFoundError:
+        raise Refused(
+            "no sbatch on this machine: submit from a login node, or start with python -m cluster.launch"
+        ) from None
+    if done.returncode:
+        raise Refused(f"sbatch said: {done.stderr.strip()}")
+    job = done.stdout.strip().partition(";")[0]
+    print(
+        f"job              {job}\n"
+        f"log              {run}/logs/{job}{'_TASK' * (options.template == 'array')}.log\n"
+        f"state            squeue --job {job}\n"
+        f"stop, continuing scancel --batch --signal=USR1 {job}\n"
+        f"stop for good    scancel {job}"
+    )
+
+
+def read_site(path: Path) -> dict:
+    """The site's settings, every key there and of its type. Raises Refused naming file, key and what it got."""
+    try:
+        values = yaml.safe_load(path.read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise Refused(f"--site {path} cannot be read: {error}") from None
+    if not isinstance(values, dict):
+        raise Refused(f"--site {path} holds no settings; start from {CLUSTER / 'site.yaml'}")
+    for key in values.keys() | SITE.keys():
+        if key not in SITE:
+            raise Refused(f"{path}: unknown key {key!r}; known: {', '.join(SITE)}")
+        if not isinstance(values.get(key), SITE[key]) or isinstance(values.get(key), bool):
+            raise Refused(f"{path}: {key} must be {SITE[key].__name__}, not {values.get(key)!r}")
+    if (
+        values["ranks_per_node"] < 1
+        or values["cpus_per_node"] < 1
+        or values["grace"] < 1
+        or values["gpus_per_node"] < 0
+    ):
+        raise Refused(f"{path}: ranks_per_node, cpus_per_node and grace must be at least 1, gpus_per_node at least 0")
+    return values
+
+
+def read_networks() -> dict[str, dict[str, list[str]]]:
+    """networks.yaml: section -> variable -> [value, reason]."""
+    return yaml.safe_load((CLUSTER / "networks.yaml").read_text())
+
+
+def render(template: str, values: dict[str, str], *, site: list[str], environment: list[str]) -> str:
+    """A job script: `{{name}}` becomes values[name]; `#SBATCH {{site}}` and `# {{environment}}` become lines."""
+    blocks = {"#SBATCH {{site}}": [f"#SBATCH {option}" for option in site], "# {{environment}}": environment}
+    lines = []
+    for line in (CLUSTER / "templates" / f"{template}.sbatch").read_text().splitlines():
+        lines += blocks[line] if line in blocks else [re.sub(r"\{\{(\w+)\}\}", lambda m: values[m[1]], line)]
+    return "\n".join(lines) + "\n"
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser("cluster/submit", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("recipe", help="a packaged recipe or a YAML file")
+    parser.add_argument("overrides", nargs="*", help="section.field=value")
+    parser.add_argument("--run-folder", required=True, help="on a disk that all nodes share; made, or continued")
+    parser.add_argument("--nodes", default="1", help="N, or MIN-MAX: as many as SLURM has; every number must be legal")
+    parser.add_argument("--template", choices=TEMPLATES, help="single for one node, nodes for several, by default")
+    parser.add_argument("--sweep", type=Path, help="for the array template: a file with overrides, one task a line")
+    parser.add_argument("--site", type=Path, default=CLUSTER / "site.yaml", help="cluster/site.yaml by default")
+    parser.add_argument("--time", help="time limit of one life of the job; the site's by default")
+    parser.add_argument("--dry-run", action="store_true", help="do everything but submit")
+    found = parser.parse_intermixed_args(arguments)
+    nodes = re.fullmatch(r"(\d+)(?:-(\d+))?", found.nodes)
+    if not nodes or not 0 < int(nodes[1]) <= int(nodes[2] or nodes[1]):
+        parser.error(f"--nodes {found.nodes} is neither N nor MIN-MAX with 0 < MIN <= MAX")
+    found.nodes = (int(nodes[1]), int(nodes[2] or nodes[1]))
+    found.template = found.template or ("array" if found.sweep else "single" if found.nodes == (1, 1) else "nodes")
+    if (found.template == "array") != bool(found.sweep):
+        parser.error("the array template and --sweep FILE go together")
+    if found.template in ("single", "array") and found.nodes != (1, 1):
+        parser.error(f"template {found.template} is for one node; --template nodes, or --nodes 1")
+    return found
+
+
+def _ssa(*arguments: str) -> str:
+    command = [sys.executable, "-m", "ssa_megatron", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "LOCAL_RANK": "0"}, timeout=300)
+    if done.returncode:
+        raise Refused(f"`ssa {shlex.join(arguments)}` refuses:\n{done.stdout[-2000:]}{done.stderr.strip()}")
+    return done.stdout
+
+
+def _resolve(recipe: str, overrides: list[str]) -> dict:
+    """The whole recipe, its local paths absolute: the job runs from another folder."""
+    values = yaml.safe_load(_ssa("config", recipe, *overrides))
+    data = values["data"]
+    for holder, key in ((data, "path"), (data, "cache"), *((data["sources"], name) for name in data["sources"])):
+        if holder[key] and "://" not in holder[key]:
+            holder[key] = os.path.abspath(holder[key])
+    return values
+
+
+def _plan(recipe: dict, line: str, world: int, gpu: str, run: Path) -> None:
+    run.mkdir(parents=True, exist_ok=True)
+    draft = run / ".draft.yaml"
+    draft.write_text(yaml.safe_dump(recipe, sort_keys=False))
+    try:
+        page = _ssa("plan", str(draft), *shlex.split(line), "--world", str(world), "--gpu", gpu, "--top", "0")
+    finally:
+        draft.unlink()
+    head = page.splitlines()[:2]
+    print("\n".join(([f"sweep: {line}"] if line else []) + head))
+
+
+def _read_sweep(path: Path) -> list[str]:
+    try:
+        lines = [line.strip() for line in path.read_text().splitlines()]
+    except OSError as error:
+        raise Refused(f"--sweep {path} cannot be read: {error.strerror}") from None
+    lines = [line for line in lines if line and not line.startswith("#")]
+    for line in lines:
+        for word in line.split():
+            if not re.fullmatch(r"[\w.]+=[^\s'\"\\]+", word):
+                raise Refused(
+                    f"--sweep {path}: {word!r} in {line!r} is not section.field=value without blanks or quotes"
+                )
+    if not lines:
+        raise Refused(f"--sweep {path} has no line")
+    return lines
+
+
+def _snapshot(run: Path, recipe: dict, sweep: list[str]) -> Path:
+    """Code and recipe under a name made of their content: a second submission of the same is the same folder."""
+    files = {"recipe.yaml": yaml.safe_dump(recipe, sort_keys=False).encode()}
+    if sweep != [""]:
+        files["sweep.txt"] = "".join(f"{line}\n" for line in sweep).encode()
+    for package in PACKAGES:
+        for path in sorted((CLUSTER.parent / package).rglob("*")):
+            if path.is_file() and "__pycache__" not in path.parts:
+                files[str(path.relative_to(CLUSTER.parent))] = path.read_bytes()
+    digest = hashlib.sha256()
+    for name, content in sorted(files.items()):
+        digest.update(f"{name}\0{len(content)}\0".encode() + content)
+    code = run / "code" / digest.hexdigest()[:16]
+    if code.exists():
+        return code
+    draft = code.with_name(f".tmp-{code.name}-{os.getpid()}")
+    shutil.rmtree(draft, ignore_errors=True)
+    for name, content in files.items():
+        (draft / name).parent.mkdir(parents=True, exist_ok=True)
+        (draft / name).write_bytes(content)
+    draft.rename(code)
+    return code
+
+
+def _environment(site: dict, networks: dict) -> list[str]:
+    lines = list(site["setup"])
+    for section in ("all", site["network"]):
+        for name, (value, reason) in networks[section].items():
+            lines.append(f'export {name}="${{{name}:-{value}}}"  # {reason}')
+    return lines
+
+
+def _mounts(site: dict, run: Path, recipe: dict) -> list[str]:
+    data = recipe["data"]
+    local = [path for path in (data["path"], data["cache"], *data["sources"].values()) if path and "://" not in path]
+    return list(dict.fromkeys([str(run), *local, *site["mounts"]]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,134 @@
+"""cluster/submit without a scheduler: what it refuses, what it renders, what it leaves in the run folder."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+from cluster.submission import SITE, TEMPLATES, Refused, read_networks, read_site, render
+from tests import launch
+from tests.cluster.conftest import submit
+
+CLUSTER = launch.ROOT / "cluster"
+SHELL = [CLUSTER / "job.sh", CLUSTER / "submit", *(CLUSTER / "templates").glob("*.sbatch")]
+
+
+def shellcheck(*paths: Path) -> str:
+    """What shellcheck has to say; skipped where it is not installed."""
+    try:
+        done = subprocess.run(
+            ["shellcheck", "--external-sources", *map(str, paths)],
+            cwd=launch.ROOT,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+    except FileNotFoundError:
+        pytest.skip("NO SHELL FILE WAS CHECKED: apt-get install shellcheck")
+    return done.stdout
+
+
+def test_every_shell_file_of_the_project_passes_shellcheck():
+    others = [path for path in launch.ROOT.glob(".ci/*") if path.read_text().startswith("#!/usr/bin/env bash")]
+    assert others
+    assert shellcheck(*SHELL, *others) == ""
+
+
+def test_the_shipped_site_file_has_every_setting():
+    assert read_site(CLUSTER / "site.yaml").keys() == SITE.keys()
+    assert read_site(CLUSTER / "site.yaml")["network"] in read_networks()
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("partition", "gpu", "unknown key 'partition'"),
+        ("grace", "180", "grace must be int, not '180'"),
+        ("ranks_per_node", 0, "ranks_per_node, cpus_per_node and grace must be at least 1"),
+        ("sbatch", "--exclusive", "sbatch must be list, not '--exclusive'"),
+        ("image", None, "image must be str, not None"),
+    ],
+)
+def test_a_wrong_site_setting_is_named_with_its_value(tmp_path, key, value, said):
+    values = yaml.safe_load((CLUSTER / "site.yaml").read_text()) | {key: value}
+    (tmp_path / "site.yaml").write_text(yaml.safe_dump(values))
+    with pytest.raises(Refused, match=re.escape(said)):
+        read_site(tmp_path / "site.yaml")
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_a_rendered_template_is_a_checked_shell_script_without_holes(template, tmp_path):
+    values = dict.fromkeys(
+        ("name", "nodes", "cpus", "time", "warning", "grace", "ranks", "python", "run", "last", "image", "mounts"), "7"
+    )
+    text = render(
+        template, {**values, "code": str(launch.ROOT)}, site=["--gpus-per-node=8"], environment=['export A="1"  # why']
+    )
+    assert "{{" not in text
+    assert "#SBATCH --gpus-per-node=8\n" in text
+    assert 'export A="1"  # why\n' in text
+    assert "#SBATCH --signal=B:USR1@7\n" in text
+    assert "#SBATCH --requeue\n" in text
+    path = tmp_path / "job.sbatch"
+    path.write_text(text)
+    assert shellcheck(path) == ""
+
+
+def test_every_setting_of_a_network_has_a_reason():
+    for section in read_networks().values():
+        for name, (value, reason) in section.items():
+            assert re.fullmatch(r"[A-Z_]+", name)
+            assert isinstance(value, str)
+            assert len(reason) > 20
+
+
+def test_a_dry_run_leaves_code_recipe_and_script_and_submits_nothing(site, tmp_path):
+    run = tmp_path / "run"
+    arguments = ("--site", site, "--nodes", "1-2", "--dry-run", "--run-folder", run, "demo", "data.path=some/data")
+    said = submit(*arguments)
+    assert said.count("demo: 1,051,776 parameters") == 2  # one node, and two
+    assert "not submitted" in said
+    [code] = (run / "code").iterdir()
+    script = (run / "jobs" / "nodes.sbatch").read_text()
+    assert f'cd "{code}"' in script
+    assert "#SBATCH --nodes=1-2\n" in script
+    assert "#SBATCH --signal=B:USR1@100\n" in script  # grace 40 and SLURM's own minute
+    assert "--gpus-per-node" not in script
+    recipe = yaml.safe_load((code / "recipe.yaml").read_text())
+    assert Path(recipe["data"]["path"]).is_absolute()
+    assert (code / "ssa_megatron" / "cli.py").read_bytes() == (launch.ROOT / "ssa_megatron" / "cli.py").read_bytes()
+    submit(*arguments)  # the same again is the same snapshot
+    assert [*(run / "code").iterdir()] == [code]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--nodes", "3", "demo"), "train.global_batch_rows must be a multiple"),
+        (("--nodes", "1-3", "demo"), "train.global_batch_rows must be a multiple"),
+        (("--nodes", "2-1", "demo"), "--nodes 2-1 is neither N nor MIN-MAX"),
+        (("demo", "train.stepz=3"), "train.stepz: unknown key; did you mean 'steps'?"),
+        (("--template", "pyxis", "demo"), "template pyxis needs `image`"),
+        (("--template", "array", "demo"), "the array template and --sweep FILE go together"),
+        (("--template", "single", "--nodes", "2", "demo"), "template single is for one node"),
+    ],
+)
+def test_what_cannot_run_gets_no_job_number(site, tmp_path, arguments, said):
+    output = submit("--site", site, "--run-folder", tmp_path / "run", *arguments, expect=2)
+    assert said in output
+    assert not (tmp_path / "run" / "jobs").exists()
+
+
+def test_a_sweep_line_that_is_not_legal_is_refused_before_any_task_runs(site, tmp_path):
+    sweep = tmp_path / "sweep.txt"
+    sweep.write_text("# learning rates\noptimizer.lr=0.001\noptimizer.lr=-1\n")
+    said = submit("--site", site, "--run-folder", tmp_path / "run", "--sweep", sweep, "demo", expect=2)
+    assert "sweep: optimizer.lr=0.001" in said
+    assert "optimizer.lr: Input should be greater than 0 (got -1)" in said
+
+
+def test_a_folder_that_sbatch_cannot_write_to_is_refused(site, tmp_path):
+    said = submit("--site", site, "--run-folder", tmp_path / "my run", "demo", expect=2)
+    assert "SLURM takes no blanks" in said
