@@ -12,21 +12,18 @@ import signal
 import sys
 import time
 
+from torch.distributed import DistStoreError
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import LogsSpecs
 
-from cluster.endings import START_AGAIN, RestartBudget, describe, ending
+from cluster.endings import FORWARDED, START_AGAIN, Interrupted, RestartBudget, describe, ending, say
 from cluster.peers import Lost, WatchedRendezvous
 
-FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 ECHO = 5.0  # seconds in which a second signal is the first one heard twice: srun, scancel and a terminal signal whole groups
 TIDY = 10.0  # seconds between the first rank's orderly end and SIGKILL to those that have not ended
+ATTEMPTS = 5  # to meet
 CRASH = 2.0  # the same after a crash: the others wait in a collective for a rank that will never come
-
-
-class Interrupted(Exception):
-    """A signal came while no rank was running: nothing was lost, nothing has to be saved."""
 
 
 class Agent(LocalElasticAgent):
@@ -63,14 +60,23 @@ class Agent(LocalElasticAgent):
             self._ask()
         elif number == self._asked[0] and now - self._asked[1] > ECHO and self._running():
             self.killed_by = number
-            _say(f"{name} again: the ranks are killed; the last committed checkpoint stands")
+            say(f"{name} again: the ranks are killed; the last committed checkpoint stands")
             self._signal(signal.SIGKILL)
 
     def _ask(self) -> None:
         number = self._asked[0]
-        _say(f"{signal.Signals(number).name}: {len(self._running())} rank(s) asked to stop within {self._grace:.0f} s")
+        say(f"{signal.Signals(number).name}: {len(self._running())} rank(s) asked to stop within {self._grace:.0f} s")
         # They may have got this very signal too, and a second one of a kind ends them at once: send another kind.
         self._signal(signal.SIGUSR2 if number == signal.SIGUSR1 else signal.SIGUSR1)
+
+    def _rendezvous(self, worker_group: WorkerGroup) -> None:
+        for left in reversed(range(ATTEMPTS)):
+            try:
+                return super()._rendezvous(worker_group)
+            except DistStoreError as problem:  # a node of this round was lost between joining and being given its ranks
+                if not left:
+                    raise
+                say(f"a node was lost while meeting ({str(problem).splitlines()[0]}); meeting again")
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, int]:
         self._ended_at = self._told_at = None
@@ -92,7 +98,7 @@ class Agent(LocalElasticAgent):
                 return RunResult(state=WorkerState.HEALTHY)
             self._signal(signal.SIGKILL)
         if self._asked and self._running() and now - self._asked[1] > self._grace:
-            _say(
+            say(
                 f"the ranks did not stop within {self._grace:.0f} s and are killed; the last committed checkpoint stands"
             )
             self._signal(signal.SIGKILL)
@@ -103,7 +109,7 @@ class Agent(LocalElasticAgent):
         if result.state == WorkerState.FAILED:
             return self._after_failure(result, worker_group)
         if result.state == WorkerState.HEALTHY and peers.silent and not self._asked:
-            _say(f"{peers.silent}: restarting without it")
+            say(f"{peers.silent}: restarting without it")
             self._signal(signal.SIGKILL)
             return RunResult(state=WorkerState.UNHEALTHY)
         if result.state == WorkerState.HEALTHY and peers.verdict is not None:
@@ -120,7 +126,7 @@ class Agent(LocalElasticAgent):
         code = ending(failure.exitcode for _, failure in failures)
         if code is None and self._asked:
             code = START_AGAIN
-        if code is None and peers.verdict is None:
+        if code is None and peers.verdict is None and worker_group.group_world_size > 1:
             time.sleep(CRASH)  # a rank that lost its connection often did so because another node has just given up
         if code is None:
             code = peers.verdict
@@ -128,9 +134,9 @@ class Agent(LocalElasticAgent):
             rank, first = next(((r, f) for r, f in failures if f.exitcode != -signal.SIGKILL), failures[0])
             what = f"rank {rank} on {self._rendezvous_watched.name}: {describe(first.exitcode)}"
             if self._budget.spend():
-                _say(f"{what}; restarting from the last committed checkpoint")
+                say(f"{what}; restarting from the last committed checkpoint")
                 return result
-            _say(f"{what}; no restart: {self._budget.limit} in a row brought no newer checkpoint")
+            say(f"{what}; no restart: {self._budget.limit} in a row brought no newer checkpoint")
             code = first.exitcode if first.exitcode > 0 else 128 - first.exitcode
         peers.decide(code)
         return self._finished(worker_group, peers.verdict if peers.verdict is not None else code)
@@ -156,7 +162,3 @@ class Agent(LocalElasticAgent):
         for rank in self._running():
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._pcontext.pids()[rank], number)  # torchrun makes each rank a session of its own
-
-
-def _say(text: str) -> None:
-    print(f"launch: {text}", file=sys.stderr, flush=True)

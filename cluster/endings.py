@@ -3,11 +3,19 @@
 The codes are those of ssa_megatron/errors.py. A launch ends with one code for all its ranks, so that a scheduler can act on it.
 """
 
+import signal
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)  # requests to stop in an orderly way
+
 START_AGAIN = 75  # an orderly stop, agreed by all ranks: a committed checkpoint exists
 HOPELESS = range(2, 8)  # a message with a remedy was printed: recipe, data, checkpoint, run folder, stopped, machine
+
+
+class Interrupted(Exception):
+    """A signal came while no rank was running: nothing was lost, nothing has to be saved."""
 
 
 def ending(codes: Iterable[int]) -> int | None:
@@ -26,8 +34,6 @@ def ending(codes: Iterable[int]) -> int | None:
 
 def describe(code: int) -> str:
     """An exit code of subprocess in words."""
-    import signal
-
     if code >= 0:
         return f"exit code {code}"
     try:
@@ -60,3 +66,8 @@ class RestartBudget:
             return self._latest.read_text()
         except OSError:
             return ""
+
+
+def say(text: str) -> None:
+    """A line of the launcher in the log, beside the ranks' own."""
+    print(f"launch: {text}", file=sys.stderr, flush=True)

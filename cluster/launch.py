@@ -12,6 +12,7 @@ when it was killed. A crash restarts from the last committed checkpoint; with `-
 import argparse
 import os
 import re
+import signal
 import socket
 import sys
 import tempfile
@@ -19,7 +20,7 @@ import time
 from pathlib import Path
 
 from cluster.addresses import AddressProblem, interface, own_address, resolve
-from cluster.endings import START_AGAIN, RestartBudget
+from cluster.endings import FORWARDED, START_AGAIN, Interrupted, RestartBudget, say
 
 PORT = 29500
 RESTARTS = 4  # one more than the run folder's own account allows, which then says which batch it was
@@ -70,29 +71,43 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     """Launch, watch, restart; returns the exit code."""
     options = parse(sys.argv[1:] if arguments is None else arguments)
-    began = float(os.environ.setdefault("SSA_LAUNCH_BEGAN", str(time.time())))
+    for number in FORWARDED:
+        signal.signal(number, _interrupt)
     try:
         address = own_address(options.host, hosting=options.hosting, nodes=options.most)
         host = resolve(options.host)
+        if options.most > 1 and (name := interface(address)):
+            # gloo would bind to whatever this machine's own name resolves to, NCCL to the first interface it likes
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+            os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={name}")
+        # The ranks' store is made anew in each round. torchrun's shared one keeps the address of the first round's rank 0, and
+        # a node that joins later waits in vain to be told (torch 2.13, dynamic_rendezvous.py, next_rendezvous).
+        os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # ranks share the cores; torchrun's own default
+        say(
+            f"node {options.node_rank} ({socket.gethostname()}, {address}) of {options.nodes}, "
+            f"{options.nproc_per_node} rank(s); rendezvous at {host}:{options.port}"
+        )
+        if not options.hosting and not _answers(host, options.port, options.join_timeout):
+            say(
+                f"{host}:{options.port} did not answer for {options.join_timeout} s: is node rank 0 up, and the port open?"
+            )
+            return 7
+        with tempfile.TemporaryDirectory(prefix="ssa-launch-") as logs:
+            code = _launch(options, host, address, Path(logs))
     except AddressProblem as problem:
-        print(f"launch: {problem}", file=sys.stderr, flush=True)
+        say(str(problem))
         return 7
-    if options.most > 1 and (name := interface(address)):
-        # gloo would bind to whatever this machine's own name resolves to, NCCL to the first interface it likes
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
-        os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={name}")
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # ranks share the cores; torchrun's own default
-    print(
-        f"launch: node {options.node_rank} ({socket.gethostname()}, {address}) of {options.nodes}, "
-        f"{options.nproc_per_node} rank(s); rendezvous at {host}:{options.port}",
-        file=sys.stderr,
-        flush=True,
-    )
-    with tempfile.TemporaryDirectory(prefix="ssa-launch-") as logs:
-        return _launch(options, host, address, Path(logs), began)
+    except Interrupted as reason:
+        say(f"{reason}; the same command starts the run")
+        return START_AGAIN
+    if code is None:  # afresh: the old connection cannot be trusted, nor the threads that wait on it be ended
+        os.execv(sys.executable, sys.orig_argv)
+    return code
 
 
-def _launch(options: argparse.Namespace, host: str, address: str, logs: Path, began: float) -> int:
+def _launch(options: argparse.Namespace, host: str, address: str, logs: Path) -> int | None:
+    """The exit code, or None to try again because the rendezvous host fell silent."""
     from torch.distributed.elastic.agent.server.api import WorkerSpec
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
     from torch.distributed.elastic.rendezvous import (
@@ -103,7 +118,7 @@ def _launch(options: argparse.Namespace, host: str, address: str, logs: Path, be
         registry,
     )
 
-    from cluster.agent import Agent, Interrupted
+    from cluster.agent import Agent
     from cluster.peers import Lost, WatchedRendezvous
 
     parameters = RendezvousParameters(
@@ -116,7 +131,7 @@ def _launch(options: argparse.Namespace, host: str, address: str, logs: Path, be
         is_host=options.hosting,  # said, not guessed: torchrun compares names, which fails with aliases
         join_timeout=options.join_timeout,
         last_call_timeout=options.last_call,
-        read_timeout=max(1, int(options.silence)),
+        read_timeout=30,
     )
     name = f"{os.environ.get('SLURMD_NODENAME') or socket.gethostname()} at {address}"
     agent = None
@@ -148,30 +163,37 @@ def _launch(options: argparse.Namespace, host: str, address: str, logs: Path, be
         agent.listen()
         codes = agent.run().return_values
         rendezvous.shutdown()
-    except Interrupted as reason:
-        print(f"launch: {reason}; the same command starts the run", file=sys.stderr, flush=True)
-        return START_AGAIN
     except RendezvousTimeoutError:
-        problem = f"fewer than {options.fewest} node(s) came to {host}:{options.port} within {options.join_timeout} s"
-        print(f"launch: {problem}; were all of them started?", file=sys.stderr, flush=True)
+        say(
+            f"fewer than {options.fewest} node(s) came to {host}:{options.port} within {options.join_timeout} s; "
+            "were all of them started?"
+        )
         return 7
     except (Lost, RendezvousError) as problem:
-        left = began + options.join_timeout - time.time()
         if isinstance(problem, RendezvousConnectionError) and options.hosting:
-            print(f"launch: port {options.port} of {host} cannot be used: {problem.__cause__}", file=sys.stderr)
+            say(f"port {options.port} of {host} cannot be used ({problem.__cause__}); --host {host}:PORT takes another")
             return 7
-        print(f"launch: {problem}", file=sys.stderr, flush=True)
-        if isinstance(problem, Lost):
-            os.environ["SSA_LAUNCH_BEGAN"] = str(time.time())
-        elif left <= 0:
-            return 7
-        time.sleep(1)
-        os.execv(
-            sys.executable, sys.orig_argv
-        )  # afresh: the old store connection cannot be trusted, nor its threads ended
+        say(f"{problem}; trying to come back for {options.join_timeout} s")
+        return None
     if agent.killed_by is not None:
         return 128 + agent.killed_by
     return next((code for code in codes.values() if code), 0) if codes else 0
+
+
+def _answers(host: str, port: int, patience: float) -> bool:
+    """Wait until the rendezvous host accepts connections. torch's own attempt prints a page of C++ each time it fails."""
+    deadline = time.monotonic() + patience
+    while time.monotonic() < deadline:
+        try:
+            socket.create_connection((host, port), timeout=5).close()
+            return True
+        except OSError:
+            time.sleep(1)
+    return False
+
+
+def _interrupt(number: int, _frame) -> None:
+    raise Interrupted(f"{signal.Signals(number).name} before any rank ran")
 
 
 if __name__ == "__main__":

@@ -1,15 +1,15 @@
 """The shipped templates on a real SLURM of two nodes: every way a job is stopped, and that it goes on as if it had not been."""
 
-import os
-import signal
 import time
 from pathlib import Path
 
 import psutil
 import pytest
+import yaml
 
 from ssa_megatron.train.metrics import read_metrics
 from ssa_megatron.train.restarts import read_starts
+from ssa_megatron.train.run_folder import read_recipe
 from tests.cluster.conftest import SMALL, submit
 from tests.cluster.mini_slurm import MiniSlurm
 from tests.ssa_megatron.test_resume import figures, final_digest
@@ -92,6 +92,66 @@ def test_a_signal_to_the_batch_shell_saves_requeues_and_continues(job, whole):
     check_equal(job.run, whole)
 
 
+def ranks(run: Path, node: str | None = None) -> list[psutil.Process]:
+    """The processes that train in `run`, on one node or on all."""
+    found = [p for p in psutil.process_iter() if {"ssa_megatron", str(run)} <= set(p.cmdline())]
+    return [p for p in found if node is None or p.environ()["SLURMD_NODENAME"] == node]
+
+
+def test_the_time_limit_is_announced_saved_for_and_outlived(slurm, site, tmp_path, data, whole):
+    """Two minutes; 10 s of grace and SLURM's minute before that. The ranks pause, so that the limit comes before their end."""
+    hurried = tmp_path / "site.yaml"
+    hurried.write_text(yaml.safe_dump(yaml.safe_load(site.read_text()) | {"grace": 10}))
+    job = Job(slurm, hurried, tmp_path / "run", data, "--time", "2")
+    job.reach(5)
+    paused = ranks(job.run)
+    for process in paused:
+        process.suspend()
+    deadline = time.monotonic() + 120
+    while "job: USR1" not in job.log:
+        assert time.monotonic() < deadline, job.log
+        time.sleep(0.2)
+    for process in paused:
+        process.resume()
+    job.again(1)
+    job.end()
+    assert [start.ended for start in read_starts(job.run)] == ["stopped by a signal", "done"]
+    check_equal(job.run, whole)
+
+
+def test_a_job_whose_node_died_goes_on_with_the_node_that_is_left(slurm, site, tmp_path, data, whole):
+    job = Job(slurm, site, tmp_path / "run", data, nodes="1-2")
+    job.reach(14)
+    slurm.command("scontrol", "update", "NodeName=n2", "State=DOWN", "Reason=test")
+    try:
+        job.again(1)
+        job.end()
+    finally:
+        slurm.command("scontrol", "update", "NodeName=n2", "State=RESUME")
+    first, second = read_starts(job.run)
+    assert (first.world, first.ended, second.world, second.ended) == (2, None, 1, "done")
+    lines, expected = read_metrics(job.run / "metrics.jsonl"), read_metrics(whole / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [line["step"] for line in expected]
+    for line, other in zip(lines, expected, strict=True):
+        assert line["loss"] == pytest.approx(other["loss"], rel=1e-5), line["step"]
+
+
+def test_an_array_trains_a_run_for_each_line_of_the_sweep(slurm, site, tmp_path, data):
+    sweep, run = tmp_path / "sweep.txt", tmp_path / "runs"
+    sweep.write_text("# two rates\noptimizer.lr=0.001\noptimizer.lr=0.002 train.seed=7\n")
+    said = submit(
+        *("--site", site, "--sweep", sweep, "--run-folder", run, "demo", *SMALL, "train.steps=4", f"data.path={data}"),
+        environment=slurm.environment,
+    )
+    job = next(line.split()[1] for line in said.splitlines() if line.startswith("job  "))
+    for task in ("0", "1"):
+        done = slurm.wait(f"{job}_{task}", "COMPLETED", "FAILED", "CANCELLED", timeout=200)
+        assert done["JobState"] == "COMPLETED", (run / "logs" / f"{job}_{task}.log").read_text()
+        assert [line["step"] for line in read_metrics(run / task / "metrics.jsonl")] == [1, 2, 3, 4]
+    assert [read_recipe(run / task).optimizer.lr for task in ("0", "1")] == [0.001, 0.002]
+    assert [read_recipe(run / task).train.seed for task in ("0", "1")] == [1234, 7]
+
+
 def test_scancel_with_a_signal_to_the_ranks_does_the_same(job, whole):
     """It reaches launchers and ranks at once, on both nodes, and the launchers forward it: still one request."""
     job.reach(8)
@@ -124,11 +184,10 @@ def test_scontrol_requeue_continues_from_the_last_checkpoint(job, whole):
 def test_a_killed_step_daemon_on_one_node_requeues_the_job(job, whole):
     """As when a node dies: its slurmstepd, launcher and rank are gone without a word."""
     job.reach(14)
-    ranks = [p for p in psutil.process_iter() if "--run-folder" in p.cmdline() and "ssa_megatron" in p.cmdline()]
-    [second] = [p for p in ranks if p.environ().get("SLURMD_NODENAME") == "n2" and str(job.run) in p.cmdline()]
+    [second] = ranks(job.run, "n2")
     for process in (*reversed(second.parents()[:2]), second):  # launcher, slurmstepd
         assert process.name().startswith(("python", "slurmstepd")), process
-        os.kill(process.pid, signal.SIGKILL)
+        process.kill()
     job.again(1, timeout=150)
     job.end()
     assert read_starts(job.run)[0].ended is None
@@ -138,8 +197,7 @@ def test_a_killed_step_daemon_on_one_node_requeues_the_job(job, whole):
 
 def test_a_killed_rank_restarts_within_the_job(job, whole):
     job.reach(14)
-    ranks = [p for p in psutil.process_iter() if str(job.run) in p.cmdline() and "ssa_megatron" in p.cmdline()]
-    os.kill(ranks[0].pid, signal.SIGKILL)
+    ranks(job.run, "n2")[0].kill()
     job.end()
     assert job.slurm.job(job.id)["Restarts"] == "0"
     assert "killed by SIGKILL; restarting from the last committed checkpoint" in job.log
@@ -149,8 +207,8 @@ def test_a_killed_rank_restarts_within_the_job(job, whole):
 
 def test_a_second_signal_ends_the_job_at_once_and_does_not_requeue_it(job):
     job.reach(3)
-    for pid in [p.pid for p in psutil.process_iter() if str(job.run) in p.cmdline() and "ssa_megatron" in p.cmdline()]:
-        os.kill(pid, signal.SIGSTOP)  # ranks that cannot stop in an orderly way
+    for process in ranks(job.run):
+        process.suspend()  # it cannot stop in an orderly way
     job.slurm.command("scancel", "--batch", "--signal=TERM", job.id)
     time.sleep(6)
     job.slurm.command("scancel", "--batch", "--signal=TERM", job.id)
