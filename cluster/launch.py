@@ -6,7 +6,7 @@ Give the same command on every node; without a scheduler each needs its own `--n
         train ssa-1b data.path=/shared/data --run-folder /shared/runs/first
 
 Ends with the code the ranks agreed on: 0 done, 75 start the same command again, 2 to 7 with a remedy in the log, 128 + signal
-when it was killed. A crash restarts from the last committed checkpoint; with `--nodes 1:2` on as few nodes as 1.
+when it was killed; or with 1 when the nodes did not meet. A crash restarts from the last committed checkpoint; with `--nodes 1:2` on as few nodes as 1.
 """
 
 import argparse
@@ -166,13 +166,13 @@ def _launch(options: argparse.Namespace, host: str, address: str, logs: Path) ->
     except RendezvousTimeoutError:
         say(
             f"fewer than {options.fewest} node(s) came to {host}:{options.port} within {options.join_timeout} s; "
-            "were all of them started?"
+            "were all of them started, and do all of them live?"
         )
-        return 7
+        return 1
     except (Lost, RendezvousError) as problem:
         if isinstance(problem, RendezvousConnectionError) and options.hosting:
             say(f"port {options.port} of {host} cannot be used ({problem.__cause__}); --host {host}:PORT takes another")
-            return 7
+            return 1
         say(f"{problem}; trying to come back for {options.join_timeout} s")
         return None
     if agent.killed_by is not None:

@@ -47,7 +47,7 @@ def site(tmp_path_factory) -> Path:
     """cluster/site.yaml for two nodes without GPUs, one rank each."""
     values = yaml.safe_load((launch.ROOT / "cluster" / "site.yaml").read_text())
     values |= {"python": sys.executable, "gpus_per_node": 0, "ranks_per_node": 1, "cpus_per_node": 1}
-    values |= {"network": "ethernet", "grace": 40, "time": "0:10:00"}
+    values |= {"network": "ethernet", "grace": 40, "join": 40, "time": "0:10:00"}
     path = tmp_path_factory.mktemp("site") / "site.yaml"
     path.write_text(yaml.safe_dump(values))
     return path

@@ -86,7 +86,7 @@ def test_a_signal_to_the_batch_shell_saves_requeues_and_continues(job, whole):
     job.again(1)
     job.end()
     first, second = read_starts(job.run)
-    assert first.ended == "stopped by a signal"
+    assert first.ended.startswith("stopped by ")
     assert second.step == first.reached >= 13  # not a step was lost
     assert "job: requeued, to go on from step-" in job.log
     check_equal(job.run, whole)
@@ -115,7 +115,9 @@ def test_the_time_limit_is_announced_saved_for_and_outlived(slurm, site, tmp_pat
         process.resume()
     job.again(1)
     job.end()
-    assert [start.ended for start in read_starts(job.run)] == ["stopped by a signal", "done"]
+    first, second = read_starts(job.run)
+    assert first.ended.startswith("stopped by ")
+    assert second.ended == "done"
     check_equal(job.run, whole)
 
 
@@ -158,7 +160,7 @@ def test_scancel_with_a_signal_to_the_ranks_does_the_same(job, whole):
     job.slurm.command("scancel", "--signal=TERM", job.id)
     job.again(1)
     job.end()
-    assert read_starts(job.run)[0].ended == "stopped by a signal"
+    assert read_starts(job.run)[0].ended.startswith("stopped by ")
     check_equal(job.run, whole)
 
 
@@ -168,7 +170,7 @@ def test_scancel_to_everything_at_once_is_one_request(job, whole):
     job.slurm.command("scancel", "--full", "--signal=USR1", job.id)
     job.again(1)
     job.end()
-    assert read_starts(job.run)[0].ended == "stopped by a signal"
+    assert read_starts(job.run)[0].ended.startswith("stopped by ")
     check_equal(job.run, whole)
 
 
@@ -188,7 +190,7 @@ def test_a_killed_step_daemon_on_one_node_requeues_the_job(job, whole):
     for process in (*reversed(second.parents()[:2]), second):  # launcher, slurmstepd
         assert process.name().startswith(("python", "slurmstepd")), process
         process.kill()
-    job.again(1, timeout=150)
+    job.again(1, timeout=240)
     job.end()
     assert read_starts(job.run)[0].ended is None
     assert read_starts(job.run)[1].step >= 10
@@ -224,4 +226,4 @@ def test_scancel_ends_the_job_with_a_committed_checkpoint_and_it_stays_ended(job
     job.end("CANCELLED", timeout=60)
     time.sleep(3)
     assert job.slurm.job(job.id)["JobState"] == "CANCELLED"
-    assert read_starts(job.run)[0].ended == "stopped by a signal"
+    assert read_starts(job.run)[0].ended.startswith("stopped by ")

@@ -46,7 +46,7 @@ def test_the_shipped_site_file_has_every_setting():
     [
         ("partition", "gpu", "unknown key 'partition'"),
         ("grace", "180", "grace must be int, not '180'"),
-        ("ranks_per_node", 0, "ranks_per_node, cpus_per_node and grace must be at least 1"),
+        ("ranks_per_node", 0, "ranks_per_node must be at least 1, not 0"),
         ("sbatch", "--exclusive", "sbatch must be list, not '--exclusive'"),
         ("image", None, "image must be str, not None"),
     ],
@@ -61,7 +61,22 @@ def test_a_wrong_site_setting_is_named_with_its_value(tmp_path, key, value, said
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_a_rendered_template_is_a_checked_shell_script_without_holes(template, tmp_path):
     values = dict.fromkeys(
-        ("name", "nodes", "cpus", "time", "warning", "grace", "ranks", "python", "run", "last", "image", "mounts"), "7"
+        (
+            "name",
+            "nodes",
+            "cpus",
+            "time",
+            "warning",
+            "grace",
+            "join",
+            "ranks",
+            "python",
+            "run",
+            "last",
+            "image",
+            "mounts",
+        ),
+        "7",
     )
     text = render(
         template, {**values, "code": str(launch.ROOT)}, site=["--gpus-per-node=8"], environment=['export A="1"  # why']
