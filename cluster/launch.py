@@ -5,8 +5,9 @@ Give the same command on every node; without a scheduler each needs its own `--n
     python -m cluster.launch --nodes 2 --node-rank 0 --host 10.0.0.1 --nproc-per-node 8 \\
         train ssa-1b data.path=/shared/data --run-folder /shared/runs/first
 
-Ends with the code the ranks agreed on: 0 done, 75 start the same command again, 2 to 7 with a remedy in the log, 128 + signal
-when it was killed; or with 1 when the nodes did not meet. A crash restarts from the last committed checkpoint; with `--nodes 1:2` on as few nodes as 1.
+Ends with the code the ranks agreed on: 0 done, 75 start the same command again, 2 to 7 with a remedy in the log; 128 + signal
+when it was killed, 1 when the nodes did not meet. A crash restarts from the last committed checkpoint; with `--nodes 1:2` on
+as few nodes as 1.
 """
 
 import argparse

@@ -128,13 +128,10 @@ def read_site(path: Path) -> dict:
             raise Refused(f"{path}: unknown key {key!r}; known: {', '.join(SITE)}")
         if not isinstance(values.get(key), SITE[key]) or isinstance(values.get(key), bool):
             raise Refused(f"{path}: {key} must be {SITE[key].__name__}, not {values.get(key)!r}")
-    if (
-        values["ranks_per_node"] < 1
-        or values["cpus_per_node"] < 1
-        or values["grace"] < 1
-        or values["gpus_per_node"] < 0
-    ):
-        raise Refused(f"{path}: ranks_per_node, cpus_per_node and grace must be at least 1, gpus_per_node at least 0")
+    least = {"gpus_per_node": 0, "ranks_per_node": 1, "cpus_per_node": 1, "grace": 1, "join": 1}
+    for key, bound in least.items():
+        if values[key] < bound:
+            raise Refused(f"{path}: {key} must be at least {bound}, not {values[key]}")
     return values
 
 
