@@ -18,7 +18,7 @@ from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElas
 from torch.distributed.elastic.multiprocessing import LogsSpecs
 
 from cluster.endings import FORWARDED, START_AGAIN, Interrupted, RestartBudget, describe, ending, say
-from cluster.peers import Lost, WatchedRendezvous
+from cluster.peers import BEAT, Lost, WatchedRendezvous
 
 ECHO = 5.0  # seconds in which a second signal is the first one heard twice: srun, scancel and a terminal signal whole groups
 TIDY = 10.0  # seconds between the first rank's orderly end and SIGKILL to those that have not ended
@@ -108,8 +108,8 @@ class Agent(LocalElasticAgent):
             self._over = True
         if result.state == WorkerState.FAILED:
             return self._after_failure(result, worker_group)
-        if result.state == WorkerState.HEALTHY and peers.silent and not self._asked:
-            say(f"{peers.silent}: restarting without it")
+        if result.state == WorkerState.HEALTHY and (peers.silent or peers.crash) and not self._asked:
+            say(f"{peers.silent}: restarting without it" if peers.silent else f"{peers.crash}: restarting with it")
             self._signal(signal.SIGKILL)
             return RunResult(state=WorkerState.UNHEALTHY)
         if result.state == WorkerState.HEALTHY and peers.verdict is not None:
@@ -135,6 +135,9 @@ class Agent(LocalElasticAgent):
             what = f"rank {rank} on {self._rendezvous_watched.name}: {describe(first.exitcode)}"
             if self._budget.spend():
                 say(f"{what}; restarting from the last committed checkpoint")
+                peers.tell(what)
+                if worker_group.group_world_size > 1:
+                    time.sleep(2 * BEAT)  # before this node joins anew, or the others would take it for a new one
                 return result
             say(f"{what}; no restart: {self._budget.limit} in a row brought no newer checkpoint")
             code = first.exitcode if first.exitcode > 0 else 128 - first.exitcode
@@ -146,10 +149,10 @@ class Agent(LocalElasticAgent):
         values = {worker.global_rank: code for worker in worker_group.workers}
         return RunResult(state=WorkerState.SUCCEEDED, return_values=values)
 
-    def _shutdown(self, *arguments, **options) -> None:
+    def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, timeout: int = 30) -> None:
         if isinstance(sys.exc_info()[1], Lost):
             self._signal(signal.SIGKILL)  # they wait for nodes that cannot be reached
-        super()._shutdown(*arguments, **options)
+        super()._shutdown(death_sig, max(timeout, int(self._grace)))  # nodes that join may cost a checkpoint's time
 
     def _codes(self) -> dict[int, int | None]:
         handlers = self._pcontext.subprocess_handlers if self._pcontext else {}

@@ -13,6 +13,8 @@ from datetime import timedelta
 from torch.distributed import DistError, PrefixStore, Store, TCPStore
 from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousInfo
 
+from cluster.endings import say
+
 BEAT = 1.0  # seconds between two heartbeats
 
 
@@ -29,8 +31,9 @@ class Peers(threading.Thread):
         self._handler, self._store, self._own, self._rank, self._size = handler, store, name, rank, size
         self._silence, self._over = silence, threading.Event()
         self._answered = time.monotonic()
-        self._waiting, self._verdict, self._silent = 0, None, None
+        self._waiting, self._verdict, self._silent, self._crash = 0, None, None, None
         self._wanted: int | None = None
+        self._crashed: str | None = None
 
     def run(self) -> None:
         beat, seen = 0, {}
@@ -40,8 +43,12 @@ class Peers(threading.Thread):
                 self._store.set(f"beat/{self._rank}", f"{beat} {self._own}")
                 if self._wanted is not None:
                     self._store.compare_set("verdict", "", str(self._wanted))
+                if self._crashed is not None:
+                    self._store.set("crash", self._crashed)
                 if self._store.check(["verdict"]):
                     self._verdict = int(self._store.get("verdict"))
+                elif self._store.check(["crash"]):
+                    self._crash = self._store.get("crash").decode()
                 if self._rank == 0:
                     self._silent = self._look(seen)
                 self._waiting = self._handler.num_nodes_waiting()
@@ -77,6 +84,15 @@ class Peers(threading.Thread):
     def verdict(self) -> int | None:
         """The exit code that some node's ranks gave and no restart can change."""
         return self._verdict
+
+    @property
+    def crash(self) -> str | None:
+        """What crashed on some node, which will restart: the ranks of the others wait for it in vain."""
+        return self._crash
+
+    def tell(self, crash: str) -> None:
+        """Ranks crashed here, and will restart. Returns at once; the others know a beat later."""
+        self._crashed = crash
 
     def decide(self, code: int, *, patience: float = 3.0) -> None:
         """Publish a verdict; the first one stands."""
@@ -116,7 +132,10 @@ class WatchedRendezvous(RendezvousHandler):
         return info
 
     def num_nodes_waiting(self) -> int:
-        return self.peers.waiting if self.peers else 0
+        waiting = self.peers.waiting if self.peers else 0
+        if waiting:
+            say(f"{waiting} node(s) want to join: the ranks stop and all start together")
+        return waiting
 
     def get_backend(self) -> str:
         return self._inner.get_backend()

@@ -38,7 +38,7 @@ def data(tmp_path_factory) -> Path:
 def whole(data, tmp_path_factory) -> Path:
     """A run of SMALL on two processes that nothing interrupts."""
     run = tmp_path_factory.mktemp("whole") / "run"
-    launch.run(2, "ssa_megatron", "train", "demo", *SMALL, f"data.path={data}", "--run-folder", str(run), timeout=280)
+    launch.run(2, "ssa_megatron", "train", "demo", *SMALL, f"data.path={data}", "--run-folder", str(run), timeout=600)
     return run
 
 
@@ -47,7 +47,7 @@ def site(tmp_path_factory) -> Path:
     """cluster/site.yaml for two nodes without GPUs, one rank each."""
     values = yaml.safe_load((launch.ROOT / "cluster" / "site.yaml").read_text())
     values |= {"python": sys.executable, "gpus_per_node": 0, "ranks_per_node": 1, "cpus_per_node": 1}
-    values |= {"network": "ethernet", "grace": 40, "join": 40, "time": "0:10:00"}
+    values |= {"network": "ethernet", "grace": 40, "join": 90, "time": "0:10:00"}
     path = tmp_path_factory.mktemp("site") / "site.yaml"
     path.write_text(yaml.safe_dump(values))
     return path

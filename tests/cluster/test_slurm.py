@@ -14,7 +14,7 @@ from tests.cluster.conftest import SMALL, submit
 from tests.cluster.mini_slurm import MiniSlurm
 from tests.ssa_megatron.test_resume import figures, final_digest
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 
 class Job:
@@ -33,14 +33,14 @@ class Job:
     def log(self) -> str:
         return "\n".join(path.read_text() for path in sorted((self.run / "logs").glob("*.log")))
 
-    def reach(self, step: int, timeout: float = 120) -> None:
+    def reach(self, step: int, timeout: float = 400) -> None:
         deadline = time.monotonic() + timeout
         metrics = self.run / "metrics.jsonl"
         while not (metrics.exists() and any(line["step"] >= step for line in read_metrics(metrics))):
             assert time.monotonic() < deadline, f"step {step} not within {timeout} s\n{self.log}\n{self.slurm.logs()}"
             time.sleep(0.1)
 
-    def again(self, restarts: int, timeout: float = 60) -> None:
+    def again(self, restarts: int, timeout: float = 200) -> None:
         """Wait for the requeue, and let it start now: SLURM otherwise holds a requeued job back for two minutes."""
         deadline = time.monotonic() + timeout
         while int((found := self.slurm.job(self.id))["Restarts"]) < restarts or "COMPLETING" in found["JobState"]:
@@ -50,7 +50,7 @@ class Job:
             time.sleep(3)  # credentials of the earlier life are revoked by the second
             self.slurm.command("scontrol", "update", f"JobId={self.id}", "StartTime=now")
 
-    def end(self, state: str = "COMPLETED", timeout: float = 200) -> None:
+    def end(self, state: str = "COMPLETED", timeout: float = 400) -> None:
         done = self.slurm.wait(self.id, "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", timeout=timeout)
         assert done["JobState"] == state, f"{done}\n{self.log}"
 
@@ -147,7 +147,7 @@ def test_an_array_trains_a_run_for_each_line_of_the_sweep(slurm, site, tmp_path,
     )
     job = next(line.split()[1] for line in said.splitlines() if line.startswith("job  "))
     for task in ("0", "1"):
-        done = slurm.wait(f"{job}_{task}", "COMPLETED", "FAILED", "CANCELLED", timeout=200)
+        done = slurm.wait(f"{job}_{task}", "COMPLETED", "FAILED", "CANCELLED", timeout=400)
         assert done["JobState"] == "COMPLETED", (run / "logs" / f"{job}_{task}.log").read_text()
         assert [line["step"] for line in read_metrics(run / task / "metrics.jsonl")] == [1, 2, 3, 4]
     assert [read_recipe(run / task).optimizer.lr for task in ("0", "1")] == [0.001, 0.002]
@@ -190,7 +190,7 @@ def test_a_killed_step_daemon_on_one_node_requeues_the_job(job, whole):
     for process in (*reversed(second.parents()[:2]), second):  # launcher, slurmstepd
         assert process.name().startswith(("python", "slurmstepd")), process
         process.kill()
-    job.again(1, timeout=240)
+    job.again(1, timeout=400)
     job.end()
     assert read_starts(job.run)[0].ended is None
     assert read_starts(job.run)[1].step >= 10
