@@ -7,8 +7,6 @@ arithmetic.
 
 import os
 import resource
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 
@@ -32,20 +30,6 @@ def backend() -> str:
     return "gloo" if shared else "nccl"
 
 
-@contextmanager
-def deepspeed_on_this_device() -> Iterator[None]:
-    """DeepSpeed takes LOCAL_RANK for the number of a GPU, which ranks that share one do not have."""
-    real = os.environ.get("LOCAL_RANK")
-    if real is None or not available():
-        yield
-        return
-    os.environ["LOCAL_RANK"] = str(device().index)
-    try:
-        yield
-    finally:
-        os.environ["LOCAL_RANK"] = real
-
-
 def peak_memory() -> int:
     """Bytes this process has used at most: of its GPU's memory, or of the machine's."""
     if available():
@@ -57,6 +41,9 @@ def adapt() -> None:
     """Call once, before any megatron-core model is built."""
     if available():
         torch.cuda.set_device(device())
+        os.environ["LOCAL_RANK"] = str(
+            device().index
+        )  # DeepSpeed takes it for a GPU's number, also where ranks share one
         return
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed probes, warns and may pick wrongly
     import deepspeed.ops

@@ -19,7 +19,6 @@ from torch import Tensor
 
 from ssa_megatron.config import Recipe
 from ssa_megatron.model.names import named_parameters
-from ssa_megatron.parallel import cpu
 from ssa_megatron.parallel.context import Mpu, ParallelContext
 from ssa_megatron.zero.ds_config import deepspeed_config
 from ssa_megatron.zero.shards import Fragment, PartitionedWeights, SharedWeights
@@ -36,7 +35,7 @@ class ShardedOptimizer:
         self.named = list(named_parameters(model, recipe, context))
         self.config = deepspeed_config(recipe)
         # DeepSpeed prints memory figures and advice about features that are switched off here on purpose
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), cpu.deepspeed_on_this_device():
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             self.engine, *_ = deepspeed.initialize(
                 model=model,

@@ -29,7 +29,7 @@ def test_a_background_save_equals_one_at_once_and_loads(alone, tmp_path, zero): 
     recipe = tiny(**size, **ZERO[zero], attention__backend="torch")
     model, optimizer = build(recipe, alone)
     take_steps(model, optimizer, recipe, alone, 0, 2)
-    about = {"state": {}, "tokenizer_fingerprint": "t"}
+    about = {"state": {"step": 2}, "tokenizer_fingerprint": "t"}
     assert save_checkpoint(tmp_path, optimizer, recipe, alone, step=2, **about) is None
     said = []
     torch.cuda._sleep(200_000_000)  # the device is behind the host: a copy that does not wait for it reads too early
