@@ -2,7 +2,8 @@
 
 RoPE settings are kept as `rope_parameters` (one dict with `rope_type` and `rope_theta`), which transformers 4.57 and
 5.x both round-trip; `rope_theta` and `rope_scaling` are accepted and can be read back. An unknown attention kind,
-inference mode, top-k rule or RoPE type is a ValueError. This file is copied into exported folders, so it imports
+inference mode, top-k rule or RoPE type is a ValueError; `dynamic` and `longrope` are unknown on purpose: their frequencies
+change with the length, and cached keys were rotated with other ones. This file is copied into exported folders, so it imports
 transformers only.
 """
 
@@ -11,7 +12,32 @@ from transformers import PretrainedConfig
 KINDS = ("full", "moba", "nsa", "ssa")
 MODES = ("full", "sparse")
 TOPK = ("exact", "authors")
-ROPE_TYPES = ("default", "llama3")
+ROPE_NEEDS = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": ("factor",),
+}
+ROPE_MAY_HAVE = {"yarn": ("original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor", "truncate")}
+
+
+def checked_rope(given, theta):
+    """The settings with `rope_type` and `rope_theta` filled in. What a type needs must be there, and nothing else."""
+    rope = dict(given)
+    old_name = rope.pop("type", None)
+    if "rope_type" not in rope and old_name is None and "factor" in rope:
+        raise ValueError(f"rope_scaling has a factor and no rope_type: one of {', '.join(ROPE_NEEDS)}")
+    rope.setdefault("rope_type", old_name or "default")
+    rope.setdefault("rope_theta", float(theta))
+    kind = check_choice("rope_type", rope["rope_type"], tuple(ROPE_NEEDS))
+    if rope.get("partial_rotary_factor") == 1.0:
+        del rope["partial_rotary_factor"]
+    missing = [key for key in ROPE_NEEDS[kind] if key not in rope]
+    unknown = rope.keys() - {"rope_type", "rope_theta", *ROPE_NEEDS[kind], *ROPE_MAY_HAVE.get(kind, ())}
+    if missing or unknown:
+        said = f"needs {missing[0]}" if missing else f"has no {min(unknown)}"
+        raise ValueError(f"rope_type={kind!r} {said}")
+    return rope
 
 
 def check_choice(name, value, choices):
@@ -91,12 +117,8 @@ class SSAConfig(PretrainedConfig):
                 f"block_size={block_size}, block_count={block_count} and window={window} must be at least 1"
             )
         # `rope_parameters` wins: it is what a saved config holds, and what transformers 5 renames `rope_scaling` to.
-        rope = dict(rope_parameters or rope_scaling or {})
-        rope.setdefault("rope_type", rope.pop("type", "default" if not rope else "llama3"))
-        rope.setdefault("rope_theta", float(rope_theta))
-        check_choice("rope_type", rope["rope_type"], ROPE_TYPES)
-        self.rope_parameters = rope
-        self.rope_theta = rope["rope_theta"]
+        self.rope_parameters = checked_rope(rope_parameters or rope_scaling or {}, rope_theta)
+        self.rope_theta = self.rope_parameters["rope_theta"]
         super().__init__(
             tie_word_embeddings=tie_word_embeddings,
             bos_token_id=bos_token_id,
@@ -115,5 +137,5 @@ class SSAConfig(PretrainedConfig):
 
     @property
     def rope_scaling(self):
-        """The Llama-3 scaling dict, or None."""
+        """How positions are scaled for contexts longer than trained on, or None."""
         return None if self.rope_parameters["rope_type"] == "default" else dict(self.rope_parameters)

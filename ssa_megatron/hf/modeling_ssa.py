@@ -10,6 +10,7 @@ Shapes: B rows, T new tokens, N tokens seen so far (cache included), H query hea
 dim, M blocks, S blocks selected. `start_b` is the index of each row's first real token, or None when no row is padded.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.generation import GenerationMixin
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from .configuration_ssa import MODES, SSAConfig, check_choice
@@ -47,21 +49,42 @@ def row_starts(attention_mask):
     return start if bool(start.any()) else None
 
 
-def rotary_table(position_bt, config, dtype):
-    """cos and sin [B, 1, T, D] of the half-rotation form, computed in `dtype` (fp32 or wider)."""
-    rope, device = config.rope_parameters, position_bt.device
+def rotary_frequencies(config, dtype, device):
+    """(radians per token [D / 2], factor of cos and sin), by transformers' formulas of each RoPE type."""
+    rope = config.rope_parameters
     exponent = torch.arange(0, config.head_dim, 2, dtype=dtype, device=device) / config.head_dim
     frequency = 1.0 / rope["rope_theta"] ** exponent
+    if rope["rope_type"] == "linear":
+        return frequency / rope["factor"], 1.0
     if rope["rope_type"] == "llama3":
         low, high = rope["low_freq_factor"], rope["high_freq_factor"]
         turns = rope["original_max_position_embeddings"] * frequency / (2 * torch.pi)
-        smooth = ((turns - low) / (high - low)).clamp(
-            0, 1
-        )  # 0: long wavelengths, stretched by `factor`; 1: short, kept
-        frequency = (1 - smooth) * frequency / rope["factor"] + smooth * frequency
+        kept = ((turns - low) / (high - low)).clamp(0, 1)  # 0: long wavelengths, stretched by `factor`; 1: short, kept
+        return (1 - kept) * frequency / rope["factor"] + kept * frequency, 1.0
+    if rope["rope_type"] == "yarn":
+        context = rope.get("original_max_position_embeddings") or config.max_position_embeddings
+
+        def channel(turns):  # the one that turns so often in the original context
+            return config.head_dim * math.log(context / (turns * 2 * math.pi)) / (2 * math.log(rope["rope_theta"]))
+
+        first, last = channel(rope.get("beta_fast") or 32), channel(rope.get("beta_slow") or 1)
+        if rope.get("truncate", True):
+            first, last = math.floor(first), math.ceil(last)
+        first, last = max(first, 0), min(last, config.head_dim - 1)
+        index = torch.arange(config.head_dim // 2, dtype=dtype, device=device)
+        stretched = ((index - first) / ((last - first) or 0.001)).clamp(0, 1)
+        factor = rope["factor"]
+        size = rope.get("attention_factor") or (0.1 * math.log(factor) + 1 if factor > 1 else 1.0)
+        return stretched * frequency / factor + (1 - stretched) * frequency, size
+    return frequency, 1.0
+
+
+def rotary_table(position_bt, config, dtype):
+    """cos and sin [B, 1, T, D] of the half-rotation form, computed in `dtype` (fp32 or wider)."""
+    frequency, size = rotary_frequencies(config, dtype, position_bt.device)
     angle = position_bt.to(dtype)[..., None] * frequency
     angle = torch.cat((angle, angle), dim=-1)[:, None]
-    return angle.cos(), angle.sin()
+    return angle.cos() * size, angle.sin() * size
 
 
 def rotate(x, table):
@@ -417,7 +440,7 @@ class SSAMLP(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
-class SSADecoderLayer(nn.Module):
+class SSADecoderLayer(GradientCheckpointingLayer):
     def __init__(self, config, layer_idx):
         super().__init__()
         self.self_attn = SSAAttention(config, layer_idx)
@@ -437,6 +460,7 @@ class SSAPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["SSADecoderLayer"]  # noqa: RUF012 - transformers' form
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     _supports_sdpa = True
+    supports_gradient_checkpointing = True
 
     def _init_weights(self, module):
         if isinstance(module, (nn.Linear, nn.Embedding)):
@@ -507,6 +531,8 @@ class SSAModel(SSAPreTrainedModel):
         use_cache = self.config.use_cache if use_cache is None else use_cache
         if use_cache and past_key_values is None and not torch.is_grad_enabled():
             past_key_values = DynamicCache()
+        if self.training and self.layers[0].gradient_checkpointing:
+            use_cache = False  # a layer computed again in backward would append its tokens again
         cache = adopt_cache(past_key_values, len(self.layers)) if use_cache and past_key_values is not None else None
         past = 0 if cache is None else cache.get_seq_length()
         start_b = self._starts(attention_mask, cache, past + x.shape[1], past)
@@ -594,13 +620,17 @@ class SSAForCausalLM(SSAPreTrainedModel, GenerationMixin):
     ):
         """Logits [B, T, V] and, with `labels`, the loss: cross-entropy (training ssa: + alignment_weight * alignment).
 
-        `trunk` ("full" or "sparse") is `inference_mode` by its name in training: which stream feeds the residual.
+        `trunk` ("full" or "sparse") is `inference_mode` by its name in training: which stream feeds the residual. ssa in
+        training with neither draws it, sparse with probability `sparse_probability`, from torch's CPU generator.
         `num_items_in_batch` is what transformers' Trainer passes when it accumulates gradients: the loss is then
         divided by it.
         """
         if trunk is not None and inference_mode not in (None, trunk):
             raise ValueError(f"trunk={trunk!r} and inference_mode={inference_mode!r} contradict each other")
+        mode = trunk or inference_mode
         align = self.training and labels is not None and self.config.attention_kind == "ssa"
+        if align and mode is None:
+            mode = "sparse" if torch.rand(()).item() < self.config.sparse_probability else "full"
         output = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -609,7 +639,7 @@ class SSAForCausalLM(SSAPreTrainedModel, GenerationMixin):
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
-            inference_mode=trunk or inference_mode,
+            inference_mode=mode,
             block_count=block_count,
             with_alignment=align,
         )

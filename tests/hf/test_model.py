@@ -295,6 +295,35 @@ def test_llama3_scaling_is_the_trainers():
     torch.testing.assert_close(cos[0, 0, :, :16], want, rtol=0, atol=1e-4)  # 300 radians in fp32: 3e-5 of rounding
 
 
+SCALINGS = {
+    "linear": {"factor": 3.0},
+    "llama3": {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64},
+    "yarn": {"factor": 4.0, "original_max_position_embeddings": 64},
+    "yarn by hand": {"factor": 4.0, "beta_fast": 20.0, "beta_slow": 2.0, "attention_factor": 1.3, "truncate": False},
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", SCALINGS)
+def test_scaled_rope_is_that_of_transformers_and_cached_steps_agree_beyond_the_trained_length(name):
+    from transformers.models.llama import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    scaling = {"rope_type": name.split()[0], **SCALINGS[name]}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 32, "hidden_size": 64}
+    known = {"max_position_embeddings": 64, "rope_theta": 10000.0, "rope_scaling": scaling, **heads}
+    config = SSAConfig(**known, num_hidden_layers=1, intermediate_size=32, vocab_size=97, block_count=3)
+    position = torch.arange(300)[None]
+    want = LlamaRotaryEmbedding(LlamaConfig(**known))(torch.zeros(1, dtype=torch.float32), position)
+    got = modeling_ssa.rotary_table(position, config, torch.float32)
+    for ours, theirs in zip(got, want, strict=True):
+        torch.testing.assert_close(ours[:, 0], theirs, rtol=0, atol=1e-4)  # 300 radians in fp32
+    model = SSAForCausalLM(config).double().eval()
+    tokens = tokens_of(300)
+    whole = model(tokens, inference_mode="sparse").logits
+    assert (feed(model, tokens, [250, *[1] * 50], "sparse")[0] - whole).abs().max() < 1e-10
+
+
 def test_rope_settings_survive_saving_and_loading(tmp_path):
     scaling = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
     scaling["original_max_position_embeddings"] = 8192
@@ -330,6 +359,40 @@ def test_training_loss_and_every_gradient_are_the_oracles(kind, trunk, monkeypat
         assert (gradients[name] - weight.grad).norm() < 1e-10 * weight.grad.norm(), name
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("kind", ["ssa", "nsa"])
+def test_gradient_checkpointing_changes_no_gradient_and_drops_the_cache(kind, reentrant):
+    model, _, _ = build(kind, block_count=3)
+    model.train()
+    tokens, gradients = tokens_of(70, rows=2), []
+    for checkpointed in (False, True):
+        if checkpointed:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        model.zero_grad()
+        output = model(tokens, labels=tokens, trunk="sparse", past_key_values=DynamicCache(), use_cache=checkpointed)
+        output.loss.backward()
+        gradients.append({name: parameter.grad.clone() for name, parameter in model.named_parameters()})
+    assert output.past_key_values is None
+    for name, gradient in gradients[0].items():
+        assert (gradient - gradients[1][name]).norm() <= 1e-12 * gradient.norm(), name
+
+
+def test_ssa_in_training_draws_its_trunk_as_often_as_the_config_says():
+    model, _, _ = build("ssa", block_count=1)
+    tokens, drawn = tokens_of(60), []
+    with torch.no_grad():
+        known = {trunk: model.train()(tokens, labels=tokens, trunk=trunk).loss.item() for trunk in MODES}
+        for probability in (0.25, 0.0, 1.0):
+            model.config.sparse_probability = probability
+            torch.manual_seed(0)
+            losses = [model(tokens, labels=tokens).loss.item() for _ in range(60)]
+            assert set(losses) <= set(known.values())
+            drawn.append(losses.count(known["sparse"]) / 60)
+        assert model.eval()(tokens, labels=tokens).loss.item() == model(tokens, labels=tokens).loss.item()
+    assert 0.1 < drawn[0] < 0.4
+    assert drawn[1:] == [0.0, 1.0]
+
+
 def test_loss_in_evaluation_is_cross_entropy_alone_and_skips_padding():
     model, reference, weights = build("ssa")
     tokens = tokens_of(60)
@@ -347,8 +410,14 @@ def test_loss_in_evaluation_is_cross_entropy_alone_and_skips_padding():
 def test_wrong_settings_are_named():
     with pytest.raises(ValueError, match="attention_kind='dense'"):
         SSAConfig(attention_kind="dense")
-    with pytest.raises(ValueError, match="rope_type='yarn'"):
-        SSAConfig(rope_scaling={"rope_type": "yarn", "factor": 2.0})
+    for scaling, said in (
+        ({"rope_type": "dynamic", "factor": 2.0}, "rope_type='dynamic'"),
+        ({"rope_type": "llama3", "factor": 2.0}, "'llama3' needs low_freq_factor"),
+        ({"rope_type": "linear", "factor": 2.0, "mscale": 1.0}, "'linear' has no mscale"),
+        ({"factor": 2.0}, "no rope_type"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            SSAConfig(rope_scaling=scaling)
     model, _, _ = build("ssa")
     tokens = tokens_of(20)
     with pytest.raises(ValueError, match="inference_mode='both'"):
