@@ -6,7 +6,7 @@ export OMP_NUM_THREADS ?= 1
 export TORCH_COMPILE_DISABLE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-gpu fuzz sanitize bench lint format clean
+.PHONY: help setup demo test test-slow test-transformers test-gpu fuzz sanitize bench lint format clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -29,6 +29,13 @@ test: setup  ## every test that needs neither a GPU nor more than a minute
 test-slow: setup  ## the long ones
 	$(BIN)/python -m pytest -m slow
 
+test-transformers: setup  ## the Hugging Face side on the newest transformers 5, with its Trainer and device maps
+	$(BIN)/python -m venv --clear .venv-transformers
+	@site='import site; print(site.getsitepackages()[0])'; \
+	$(BIN)/python -c "$$site" > "$$(.venv-transformers/bin/python -c "$$site")/training.pth"
+	.venv-transformers/bin/python -m pip install --disable-pip-version-check --quiet "transformers>=5" accelerate
+	.venv-transformers/bin/python -m pytest tests/hf
+
 test-gpu:  ## the tests that need a CUDA device, in the current environment
 	$(PYTHON) -m pytest -m gpu tests/gpu
 
@@ -50,4 +57,4 @@ format: setup  ## apply them
 	$(BIN)/ruff check --fix .
 
 clean:  ## remove what the targets above made, .venv included
-	rm -rf $(VENV) runs .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-transformers runs .pytest_cache .ruff_cache

@@ -544,14 +544,8 @@ class SSAModel(SSAPreTrainedModel):
         for layer in self.layers:
             if output_hidden_states:
                 hidden.append(x)
-            # under device_map a layer may live elsewhere; on one device `to` returns the same tensors
-            device = layer.input_layernorm.weight.device
-            where = (
-                position.to(device),
-                tuple(t.to(device) for t in table),
-                None if start_b is None else start_b.to(device),
-            )
-            x, loss = layer(x.to(device), *where, cache, mode, block_count, with_alignment)
+            # under device_map the layers' hooks bring these along; all but the cache, which lives where its layer does
+            x, loss = layer(x, position, table, start_b, cache, mode, block_count, with_alignment)
             losses.append(loss)
         x = self.norm(x)
         alignment = None

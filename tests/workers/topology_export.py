@@ -1,0 +1,52 @@
+"""Worker: loads the checkpoint in FOLDER/start at every place of its number of processes and saves it as FOLDER/PLACE.
+
+usage: python -m tests.workers.topology_export FOLDER
+"""
+
+import shutil
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+from megatron.core import parallel_state
+
+from ssa_megatron.checkpoint.reader import Checkpoint, load_into, newest_valid
+from ssa_megatron.checkpoint.writer import save_checkpoint
+from ssa_megatron.config import resolve
+from ssa_megatron.parallel import context as parallel
+from ssa_megatron.train.loop import Progress
+from tests.ssa_megatron.support import build
+
+PLACES = {
+    "one process": (1, {}),
+    "tensor 2": (2, {"tensor": 2}),
+    "tensor 2 with sequence": (2, {"tensor": 2, "sequence": True}),
+    "pipeline 2": (2, {"pipeline": 2}),
+    "context 2": (2, {"context": 2}),
+    "data 2": (2, {}),
+}
+
+
+def main() -> None:
+    root, processes = Path(sys.argv[1]), parallel.world_size()
+    for place, (count, cut) in PLACES.items():
+        if count != processes:
+            continue
+        start, run = root / "start", root / place
+        recipe = resolve({**Checkpoint.open(start).recipe, "parallel": cut}, origin="test")
+        context = parallel.initialize(recipe)
+        checkpoint, _ = newest_valid(start, context)
+        _, optimizer = build(recipe, context)
+        load_into(checkpoint, optimizer, applied_steps=0)
+        about = {"step": 9, "state": asdict(Progress(step=9))}
+        about["tokenizer_fingerprint"] = checkpoint.content.tokenizer_fingerprint
+        problem = save_checkpoint(run, optimizer, recipe, context, **about)
+        assert problem is None, problem
+        if context.is_writer:
+            shutil.copyfile(start / "tokenizer.model", run / "tokenizer.model")
+        parallel_state.destroy_model_parallel()  # the processes stay together and are cut anew
+    parallel.finalize()
+
+
+if __name__ == "__main__":
+    main()
