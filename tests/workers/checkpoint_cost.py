@@ -58,7 +58,7 @@ def measure(folder: Path, hidden: int, layers: int, vocabulary: int, length: int
     )
     model, optimizer = build(recipe, context)
     take_steps(model, optimizer, recipe, context, 0, 1)
-    about = {"step": 1, "state": {}, "tokenizer_fingerprint": "t"}
+    about = {"step": 1, "state": {"step": 1}, "tokenizer_fingerprint": "t"}
 
     def save() -> None:
         assert save_checkpoint(folder, optimizer, recipe, context, **about) is None
