@@ -32,7 +32,7 @@ class Run:
 
     def save(self, step: int, pending: bool):
         how = PendingCheckpoint if pending else save_checkpoint
-        about = {"step": step, "state": {}, "tokenizer_fingerprint": "t"}
+        about = {"step": step, "state": {"step": step}, "tokenizer_fingerprint": "t"}
         return how(self.folder, self.optimizer, self.recipe, self.context, **about)
 
     def step(self, number: int, before_update) -> dict:
