@@ -127,6 +127,35 @@ def doctor(
     raise typer.Exit(found)
 
 
+@app.command()
+def status(
+    targets: Annotated[
+        list[str] | None, typer.Argument(help="run folders or SLURM job numbers; all runs by default")
+    ] = None,
+    runs: Annotated[Path, typer.Option(help="where run folders are looked for")] = Path("runs"),
+    watch: Annotated[bool, typer.Option("--watch", help="again and again, until interrupted")] = False,
+    every: Annotated[float, typer.Option(min=0.2, help="seconds between two looks, with --watch")] = 2.0,
+    ranks: Annotated[bool, typer.Option("--ranks", help="where each rank is, too")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON instead of the table")] = False,
+) -> None:
+    """Where runs stand: step, loss, speed, MFU, goodput, time left, last checkpoint, restarts. Reads their folders only."""
+    from ssa_megatron.status.command import status as show
+
+    show(targets or [], runs=runs, watch=every if watch else None, as_json=as_json, ranks=ranks)
+
+
+@app.command()
+def profile(
+    run: Annotated[Path, typer.Argument(help="folder of a run that is training")],
+    steps: Annotated[str, typer.Argument(metavar="A:B", help="steps to come, counted from 1")],
+) -> None:
+    """Have a running job record steps A to B with the profiler, into RUN/profile/."""
+    from ssa_megatron.status.command import ask_for_profile
+    from ssa_megatron.train.requests import parse_range
+
+    print(ask_for_profile(run, parse_range(steps)))
+
+
 @app.command("config")
 def show_config(recipe: RecipeName, overrides: Overrides = None) -> None:
     """Print a recipe resolved, every default written out."""

@@ -237,6 +237,8 @@ class Logging(Section):
     interval: int = Field(1, ge=1)
     """Optimizer steps between console lines; metrics.jsonl gets every step."""
     tensorboard: bool = True
+    wandb: str | None = Field(None, min_length=1)
+    """Weights & Biases project, when `wandb` is installed; a run stays one run over all its starts."""
 
 
 class Watchdog(Section):

@@ -5,9 +5,7 @@ another rank, the watchdog's verdict, a request for a profile. What cannot be wr
 """
 
 import faulthandler
-import json
 import os
-import shutil
 import socket
 import sys
 import threading
@@ -17,12 +15,10 @@ from pathlib import Path
 from ssa_megatron.config.sections import Watchdog
 from ssa_megatron.errors import EXIT_HUNG
 from ssa_megatron.parallel.context import ParallelContext
-from ssa_megatron.train import exposition, requests
+from ssa_megatron.train import beats, exposition, requests
 from ssa_megatron.train.signals import StopRequest
 from ssa_megatron.train.watchdog import Watch
 
-FOLDER = "heartbeats"
-WIDTH = 1024  # bytes of a line: one written over another leaves nothing of it, and takes no new block of a full disk
 EXPOSITION = 15.0  # seconds between two versions of metrics.prom
 
 
@@ -32,7 +28,7 @@ class Heartbeat:
     def __init__(self, run: Path, context: ParallelContext, stop: StopRequest, settings: Watchdog):
         self._run, self._context, self._stop, self._settings = run, context, stop, settings
         # rank 0's clock names this start: what earlier ones left behind is not news
-        self._start = context.on_writer(lambda: _clear(run / FOLDER))
+        self._start = context.on_writer(lambda: beats.clear(run))
         last = context.world - 1
         watched = {0: range(1, context.world), last: range(1)}.get(context.rank, ()) if last else ()
         self._watch = Watch(watched, settings, everyone=context.is_writer) if watched else None
@@ -80,21 +76,14 @@ class Heartbeat:
                     exposed = time.monotonic()
                     exposition.write(self._run, self.values)
             if self._closed.wait(self._settings.heartbeat):
-                return
+                break
+        if self._context.is_writer and self.values is not None:
+            exposition.write(self._run, self.values)
 
     def _beat(self) -> bool:
         """Write this rank's line; whether that was possible."""
         self._beats += 1
-        text = json.dumps(self._facts()).encode()
-        try:  # opened anew each time: on a network file system others see what is closed
-            handle = os.open(self._run / FOLDER / name(self._context.rank), os.O_WRONLY | os.O_CREAT, 0o644)
-            try:
-                os.pwrite(handle, text.ljust(WIDTH - 1) + b"\n", 0)
-            finally:
-                os.close(handle)
-        except OSError:
-            return False
-        return True
+        return beats.write(self._run, self._facts())
 
     def _facts(self) -> dict:
         at, waits = _whereabouts()
@@ -120,11 +109,11 @@ class Heartbeat:
     def _listen(self, sent: bool) -> None:
         """What the spokesmen (first and last rank) say holds for all; the one who watches decides first."""
         if self._watch is not None:
-            beats = {rank: self._read(rank) for rank in self._watch.ranks}
-            news = self._watch.look(beats, self._facts(), time.monotonic(), heard=sent)
+            heard = {rank: self._read(rank) for rank in self._watch.ranks}
+            news = self._watch.look(heard, self._facts(), time.monotonic(), heard=sent)
             for text in news.said:
                 print(f"watchdog: {text}", file=sys.stderr, flush=True)
-            for beat in beats.values():
+            for beat in heard.values():
                 if beat and beat["stop"] and beat["phase"] != "ended":
                     self._stop.ask(_of_rank(beat))
             if news.verdict:
@@ -140,7 +129,7 @@ class Heartbeat:
                 self._stop.ask(_of_rank(beat))
 
     def _read(self, rank: int) -> dict | None:
-        beat = read(self._run / FOLDER / name(rank))
+        beat = beats.read(self._run, rank)
         return beat if beat and beat["start"] == self._start else None
 
     def _leave(self, *, wait: float) -> None:
@@ -164,25 +153,6 @@ class Heartbeat:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(EXIT_HUNG)
-
-
-def name(rank: int) -> str:
-    return f"rank-{rank:05d}.json"
-
-
-def read(path: Path) -> dict | None:
-    """A rank's newest line; None when there is none or it is being written."""
-    try:
-        beat = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return None
-    return beat if isinstance(beat, dict) and "beat" in beat else None
-
-
-def _clear(folder: Path) -> str:
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    return f"{time.time():.6f}"
 
 
 def _of_rank(beat: dict) -> str:

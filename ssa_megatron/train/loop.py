@@ -26,6 +26,7 @@ from ssa_megatron.model.build import build_model
 from ssa_megatron.parallel import context as parallel
 from ssa_megatron.parallel import cpu
 from ssa_megatron.parallel.context import ParallelContext
+from ssa_megatron.train.boards import open_boards
 from ssa_megatron.train.console import Console
 from ssa_megatron.train.data import describe, open_data, open_stream
 from ssa_megatron.train.evaluation import evaluate
@@ -107,10 +108,7 @@ def _train(
     console.phase(f"data: {describe(infos)}; starting at step {progress.step}")
 
     attempt = context.on_writer(lambda: Attempt(run, step=progress.step, world=context.world))
-    board = folder.tensorboard if recipe.logging.tensorboard else None
-    metrics = context.together(
-        lambda: Metrics(folder.metrics, resume_step=progress.step, tensorboard=board) if context.is_writer else None
-    )
+    metrics = context.together(lambda: _open_metrics(run, recipe, progress.step) if context.is_writer else None)
     saver = Saver(run, optimizer, recipe, context, console, tokenizer.fingerprint)
     saver.newest = progress.step
     profiler = StepProfiler(profile_steps, run / "profile", context)
@@ -176,6 +174,11 @@ def _train(
         f"done: {recipe.train.steps} steps, {progress.tokens:,} tokens, {memory:.2f} GiB at most; run folder {run}"
     )
     return 0
+
+
+def _open_metrics(run: Path, recipe: Recipe, resume_step: int) -> Metrics:
+    boards = open_boards(recipe, run, resume_step=resume_step)
+    return Metrics(run / "metrics.jsonl", resume_step=resume_step, boards=boards)
 
 
 def _enter(phase: str, context: ParallelContext, beat: Heartbeat, stop: StopRequest) -> None:

@@ -1,46 +1,34 @@
-"""metrics.jsonl, the truth about a run: one line a step, each step once, also after restarts; TensorBoard beside it.
+"""metrics.jsonl, the truth about a run: one line a step, each step once, also after restarts; boards beside it.
 
 Floats are written so that they read back to the same bits. Opening for a resume drops lines of steps that will run again and
 a last line torn by a kill.
 """
 
-import contextlib
 import json
 import os
 from pathlib import Path
 
 from ssa_megatron.errors import RunFolderError
 from ssa_megatron.files import replace_durably
+from ssa_megatron.train.boards import Boards
 
 
 class Metrics:
     """Append-only writer; used by the writer rank alone. A full disk delays lines, it does not lose them or end training."""
 
-    def __init__(self, path: Path, *, resume_step: int, tensorboard: Path | None):
-        """Steps up to and including `resume_step` stay; `tensorboard` is the event folder, or None."""
+    def __init__(self, path: Path, *, resume_step: int, boards: Boards | None = None):
+        """Steps up to and including `resume_step` stay; `boards` get every line too, and are closed with the file."""
         kept = [line for line in read_metrics(path) if line["step"] <= resume_step] if path.exists() else []
         replace_durably(path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = path.open("ab", buffering=0)
         self._waiting = b""
-        self._board = None
-        if tensorboard is not None:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._board = SummaryWriter(str(tensorboard), purge_step=resume_step + 1)
+        self._boards = boards or Boards([])
 
     def write(self, step: int, values: dict) -> str | None:
         """`values` of one step; numbers and strings. The line is in the file when this returns, or it returns why not."""
         self._waiting += json.dumps({"step": step, **values}).encode() + b"\n"
-        problem = self._append()
-        try:
-            if self._board is not None:
-                for name, value in values.items():
-                    if isinstance(value, int | float):
-                        self._board.add_scalar(name, value, step)
-        except OSError as error:
-            self._board = None
-            problem = problem or f"TensorBoard is off from here on: {error}"
-        return problem
+        problem, of_boards = self._append(), self._boards.write(step, values)
+        return problem or of_boards
 
     def _append(self) -> str | None:
         before = os.fstat(self._file.fileno()).st_size
@@ -61,9 +49,7 @@ class Metrics:
         if self._waiting:
             self._append()
         self._file.close()
-        if self._board is not None:
-            with contextlib.suppress(OSError):
-                self._board.close()
+        self._boards.close()
 
 
 def read_metrics(path: Path, *, skip_damaged: bool = False) -> list[dict]:

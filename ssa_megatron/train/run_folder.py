@@ -14,6 +14,7 @@ import time
 from importlib import metadata
 from pathlib import Path
 
+import torch
 import yaml
 
 from ssa_megatron.config import Recipe, digest, dump_recipe
@@ -30,8 +31,6 @@ class RunFolder:
 
     def __init__(self, path: Path):
         self.path = path
-        self.metrics = path / "metrics.jsonl"
-        self.tensorboard = path / "tensorboard"
         self._lock = None
 
     def lock(self) -> None:
@@ -147,4 +146,5 @@ def _environment(context: ParallelContext) -> dict:
         "packages": versions,
         "world": context.world,
         "device": str(context.device),
+        "gpu": torch.cuda.get_device_name(context.device) if context.device.type == "cuda" else None,
     }

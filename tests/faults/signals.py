@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 
 from ssa_megatron.checkpoint.manifest import committed
-from ssa_megatron.train.heartbeat import read
+from ssa_megatron.train.beats import read
 from tests.launch import kill, start
 
 SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2")
@@ -60,7 +60,7 @@ def deliver(phase: str, name: str, recipient: str, folder: Path, train: list[str
         output, _ = job.communicate(timeout=60)
     finally:
         kill(job)
-    beats = [read(run / "heartbeats" / f"rank-{rank:05d}.json") for rank in range(processes)]
+    beats = [read(run, rank) for rank in range(processes)]
     exits = [beat["exit"] if beat else 75 * ("start me again" in output) or None for beat in beats]
     checkpoints = [int(path.name.removeprefix("step-")) for path in committed(run)] if run.is_dir() else []
     lines = (run / "metrics.jsonl").read_text().splitlines() if (run / "metrics.jsonl").exists() else []

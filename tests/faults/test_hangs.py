@@ -8,7 +8,7 @@ import time
 import psutil
 import pytest
 
-from ssa_megatron.train.heartbeat import read
+from ssa_megatron.train.beats import read
 from ssa_megatron.train.metrics import read_metrics
 from tests.faults.signals import ranks_of, wait_for
 from tests.launch import kill, start
@@ -50,7 +50,7 @@ def hang(tmp_path, dataset, *, stopped: int | None, paused: int | None, **watchd
 
 
 def exit_code(run, rank: int) -> int | None:
-    return read(run / "heartbeats" / f"rank-{rank:05d}.json")["exit"]
+    return read(run, rank)["exit"]
 
 
 @pytest.mark.parametrize("victim", [1, pytest.param(0, marks=pytest.mark.slow)])

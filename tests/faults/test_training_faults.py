@@ -77,7 +77,7 @@ def test_a_disk_that_is_full_for_a_while_loses_no_line_of_the_metrics(tmp_path):
         from pathlib import Path
         from ssa_megatron.train.metrics import Metrics
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        metrics = Metrics(Path(sys.argv[1]), resume_step=0, tensorboard=None)
+        metrics = Metrics(Path(sys.argv[1]), resume_step=0)
         said = []
         for step in range(1, 8):
             limit = 150 if 3 <= step <= 5 else resource.RLIM_INFINITY
@@ -102,5 +102,5 @@ def test_a_damaged_line_of_the_metrics_is_named_and_takes_no_other_line_with_it(
         path.write_text("\n".join([lines[0], damaged, *lines[2:]]) + "\n")
         before = path.read_bytes()
         with pytest.raises(RunFolderError, match=r"metrics\.jsonl, line 2, is damaged"):
-            Metrics(path, resume_step=5, tensorboard=None)
+            Metrics(path, resume_step=5)
         assert path.read_bytes() == before

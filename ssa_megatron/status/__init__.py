@@ -1,0 +1,1 @@
+"""`ssa status`: where runs stand, from their folders alone."""

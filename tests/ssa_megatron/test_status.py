@@ -1,0 +1,228 @@
+"""`ssa status` and `ssa profile`: what a run folder tells, what it does not, and a profile of a job that is running."""
+
+import json
+import os
+import re
+import time
+from pathlib import Path
+
+import pytest
+
+from ssa_megatron.config import dump_recipe
+from ssa_megatron.errors import ConfigError, RunFolderError
+from ssa_megatron.planning.hardware import TABLE
+from ssa_megatron.planning.speed import flops_per_token
+from ssa_megatron.status.command import ask_for_profile, every_rank, find, row
+from ssa_megatron.status.state import Watcher, duration
+from ssa_megatron.train import beats, exposition, requests
+from tests.faults.signals import wait_for
+from tests.launch import kill, start
+from tests.ssa_megatron.support import recipe_file, tiny
+
+
+def stamp(seconds_ago: float) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(time.time() - seconds_ago))
+
+
+def begin(run: Path, *, step: int = 0, ago: float, world: int = 2, job: str | None = None) -> str:
+    about = {
+        "event": "start",
+        "step": step,
+        "world": world,
+        "time": stamp(ago),
+        "host": "n1",
+        "job": job,
+        "found": step,
+    }
+    return json.dumps(about) + "\n"
+
+
+def sign(
+    rank: int, *, ago: float = 0.5, phase: str = "compute", exit_code: int | None = None, seconds: float = 0.1
+) -> dict:
+    return {
+        "start": "1",
+        "rank": rank,
+        "host": "n1",
+        "pid": 100 + rank,
+        "time": time.time() - ago,
+        "beat": 3,
+        "step": 11,
+        "phase": phase,
+        "seconds": seconds,
+        "at": "train/step.py:70 train_step",
+        "exit": exit_code,
+    }
+
+
+@pytest.fixture
+def run(tmp_path) -> Path:
+    """A run of 20 steps at step 10, half a second each, begun ten seconds ago, once killed."""
+    folder = tmp_path / "runs" / "first"
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(dump_recipe(tiny(train__steps=20)))
+    lines = [{"step": step, "loss": 3.0 - step / 10, "seconds": 0.5} for step in range(1, 11)]
+    lines[4]["eval/loss_full"] = 2.75
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "starts.jsonl").write_text(begin(folder, ago=10) + begin(folder, step=4, ago=4, job="4711"))
+    (folder / "checkpoints" / "step-00000008").mkdir(parents=True)
+    (folder / "checkpoints" / ".tmp-step-00000010").mkdir()
+    beats.clear(folder)
+    return folder
+
+
+def test_a_running_job_shows_step_loss_speed_goodput_time_left_checkpoint_and_restarts(run):
+    for rank in (0, 1):
+        assert beats.write(run, sign(rank))
+    found = Watcher(run).look()
+    assert (found.state, found.alive, found.step, found.steps) == ("compute", True, 10, 20)
+    assert (found.loss, found.evaluation) == (2.0, 2.75)
+    assert found.tokens_per_second == 4 * 33 / 0.5
+    assert found.seconds_left == 5.0
+    assert found.goodput == pytest.approx(0.5, abs=0.05)  # ten steps of half a second in ten seconds
+    assert (found.checkpoint, found.restarts, found.died, found.world, found.job) == (8, 1, 1, 2, "4711")
+    assert found.mfu is None  # on a CPU
+    assert "1, 1 died" in row(found)
+
+
+def test_the_share_of_the_gpus_peak_is_that_of_the_plan(run):
+    (run / "environment.json").write_text(json.dumps({"gpu": "NVIDIA H100 80GB HBM3"}))
+    found = Watcher(run).look()
+    expected = found.tokens_per_second * flops_per_token(tiny(train__steps=20)) / (2 * TABLE["h100"].peak_flops)
+    assert found.mfu == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("signs", "state", "alive"),
+    [
+        ([], "no sign of life", False),
+        ([sign(0, exit_code=0), sign(1, exit_code=0)], "done", False),
+        ([sign(0, exit_code=75), sign(1, exit_code=75)], "stopped; start it again", False),
+        ([sign(0, exit_code=8), sign(1, ago=60)], "hung, see logs/; start it again", False),
+        ([sign(0, exit_code=3), sign(1, exit_code=3)], "ended with exit code 3", False),
+        ([sign(0, ago=600), sign(1, ago=602)], "no sign of life for 10 min", False),
+        ([sign(0), sign(1, ago=40)], "rank 1 silent for 40 s", True),
+        ([sign(0, phase="save", seconds=200), sign(1)], "save for 3 min", True),
+    ],
+)
+def test_the_state_is_told_by_the_signs_of_life(run, signs, state, alive):
+    for one in signs:
+        beats.write(run, one)
+    found = Watcher(run).look()
+    assert (found.state, found.alive) == (state, alive)
+    assert (found.seconds_left is not None) == alive
+
+
+def test_a_second_look_reads_what_is_new_and_a_resume_that_rewrote_the_file(run):
+    watcher = Watcher(run)
+    assert watcher.look().step == 10
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 11, "loss": 1.5, "seconds": 0.5}) + '\n{"step": 12, "lo')
+    assert watcher.look().step == 11
+    kept = (run / "metrics.jsonl").read_text().splitlines(keepends=True)[:8]
+    (run / "anew").write_text("".join(kept))
+    os.replace(run / "anew", run / "metrics.jsonl")
+    assert watcher.look().step == 8
+    assert watcher._productive == 4.0
+
+
+def test_a_run_that_has_not_made_a_step_is_shown(run):
+    for name in ("metrics.jsonl", "starts.jsonl"):
+        (run / name).unlink()
+    beats.write(run, sign(0, phase="restore"))
+    found = Watcher(run).look()
+    assert (found.state, found.step, found.loss, found.goodput, found.world) == ("restore", 0, None, None, None)
+    assert row(found)[3:9] == ("-",) * 6
+
+
+def test_runs_are_found_by_folder_by_job_number_and_all_of_them(run):
+    assert find([], run.parent) == find(["4711"], run.parent) == find([str(run)], run.parent) == [run]
+    with pytest.raises(RunFolderError, match=r"no run under .* was started by job 4712"):
+        find(["4712"], run.parent)
+    with pytest.raises(RunFolderError, match="no run folder under"):
+        find([], run)
+    with pytest.raises(RunFolderError, match="is not a run folder"):
+        Watcher(run.parent)
+
+
+def test_every_rank_is_shown_with_its_place(run):
+    beats.write(run, sign(0))
+    beats.write(run, sign(1, exit_code=75))
+    head, first, second = every_rank(run).splitlines()
+    assert head.split()[:3] == ["rank", "host", "pid"]
+    assert re.fullmatch(r"0 +n1 +100 +[01] s ago +11 +compute +0 s +train/step.py:70 train_step", first)
+    assert "exit code 75" in second
+
+
+def test_durations_are_short():
+    assert [duration(s) for s in (3, 89, 120, 7200, 200_000)] == ["3 s", "89 s", "2 min", "2.0 h", "2.3 d"]
+
+
+# ------------------------------------------------------------------------------------------------------------- heartbeat
+def test_a_line_written_over_a_longer_one_leaves_nothing_of_it(tmp_path):
+    beats.clear(tmp_path)
+    beats.write(tmp_path, sign(0) | {"at": "x" * 300})
+    beats.write(tmp_path, sign(0))
+    assert beats.read(tmp_path, 0)["at"] == "train/step.py:70 train_step"
+    assert (tmp_path / "heartbeats" / "rank-00000.json").stat().st_size == beats.WIDTH
+
+
+def test_a_new_start_forgets_the_signs_of_the_one_before(tmp_path):
+    beats.clear(tmp_path)
+    beats.write(tmp_path, sign(7))
+    beats.clear(tmp_path)
+    assert beats.read_all(tmp_path) == []
+    assert beats.write(tmp_path / "nowhere", sign(0)) is False
+
+
+# --------------------------------------------------------------------------------------------------------------- profile
+def test_a_profile_is_asked_of_a_living_job_and_of_steps_to_come(run):
+    with pytest.raises(RunFolderError, match=r"nothing runs in .*: no sign of life"):
+        ask_for_profile(run, range(15, 17))
+    beats.write(run, sign(0))
+    with pytest.raises(ConfigError, match="step 11 is over or about to be: the run is at step 11") as refused:
+        ask_for_profile(run, range(11, 13))
+    assert refused.value.remedy == "ask for later ones, e.g. 31:32"
+    assert "asked for steps 15 to 16 of 20" in ask_for_profile(run, range(15, 17))
+    assert requests.take(run) == range(15, 17)
+    assert requests.take(run) == range(0)
+
+
+def test_nonsense_in_the_place_of_a_request_is_thrown_away(run):
+    (run / requests.FILE).write_bytes(b"\xff\xfe")
+    assert requests.take(run) == range(0)
+
+
+def test_a_running_job_writes_the_profile_it_is_asked_for_and_its_figures_for_prometheus(tmp_path, dataset):
+    recipe = recipe_file(tmp_path, dataset, train__steps=100_000, checkpoint__interval=100_000, watchdog__heartbeat=0.2)
+    run = tmp_path / "run"
+    job = start(1, "ssa_megatron", "train", str(recipe), "--run-folder", str(run))
+    try:
+        wait_for(lambda: (run / "metrics.jsonl").exists() and Watcher(run).look().step >= 3, job)
+        first = Watcher(run).look().step + 100
+        ask_for_profile(run, range(first, first + 2))
+        stem = f"steps-{first}-{first + 1}-rank-0"
+        wait_for((run / "profile" / f"{stem}.json.gz").exists, job)
+        assert "aten::mm" in (run / "profile" / f"{stem}.txt").read_text()
+        assert Watcher(run).look().alive
+        wait_for((run / exposition.FILE).exists, job)
+    finally:
+        kill(job)
+    text = (run / exposition.FILE).read_text()
+    assert '# TYPE ssa_loss gauge\nssa_loss{run="run"} ' in text
+    assert 'ssa_step{run="run"} ' in text
+
+
+def test_prometheus_text_escapes_names_and_spells_what_is_no_number():
+    text = exposition.text(
+        'a"b\\c', {"eval/loss": float("nan"), "grad_norm": float("inf"), "note": "x", "applied": True}
+    )
+    label = '{run="a\\"b\\\\c"}'
+    assert text.splitlines() == [
+        "# TYPE ssa_eval_loss gauge",
+        f"ssa_eval_loss{label} NaN",
+        "# TYPE ssa_grad_norm gauge",
+        f"ssa_grad_norm{label} +Inf",
+        "# TYPE ssa_applied gauge",
+        f"ssa_applied{label} 1.0",
+    ]
