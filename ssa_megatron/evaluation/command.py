@@ -16,12 +16,12 @@ from ssa_megatron import __version__
 from ssa_megatron.errors import ConfigError, EnvironmentProblem
 from ssa_megatron.evaluation import tasks, text
 from ssa_megatron.evaluation.attention import attention
-from ssa_megatron.evaluation.needle import needle
+from ssa_megatron.evaluation.needle import build, needle, stream
 from ssa_megatron.evaluation.page import write_page
 from ssa_megatron.evaluation.scores import perplexity_by_length, quality_against_budget
 from ssa_megatron.evaluation.settings import Settings
 from ssa_megatron.evaluation.tables import render, tables
-from ssa_megatron.evaluation.targets import SCHEMA, Opened, earlier, kind_of, names, opened, recipe_of
+from ssa_megatron.evaluation.targets import SCHEMA, Opened, earlier, kind_of, names, opened, recipe_of, unlike
 from ssa_megatron.files import replace_durably
 
 BYTES_PER_TOKEN = 8
@@ -45,11 +45,10 @@ def evaluate(
     first target that is a run. haystack: files of text for the needle, by default the text itself. Raises ConfigError,
     DataProblem, CheckpointError, EnvironmentProblem.
     """
-    kinds = [kind_of(target) for target in targets]
-    found = [
-        model for target, kind in zip(targets, kinds, strict=True) if kind == "results" for model in earlier(target)
-    ]
-    fresh = [target for target, kind in zip(targets, kinds, strict=True) if kind != "results"]
+    kinds = {target: kind_of(target) for target in targets}
+    known = {target: earlier(target) for target, kind in kinds.items() if kind == "results"}
+    fresh = [target for target in targets if target not in known]
+    short = dict(zip(fresh, names(fresh), strict=True))
     _check_device(device)
     if fresh and "tasks" in settings.parts:
         tasks.check(settings.tasks)
@@ -57,14 +56,22 @@ def evaluate(
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"--out {out}: cannot be made ({error.strerror})", remedy="give another folder") from None
+    found: list[dict] = []
     body = straw = None
-    for target, name in zip(fresh, names(fresh) if fresh else (), strict=True):
-        with opened(target, name, step=step, device=device, dtype=settings.dtype) as one:
+    for target in targets:
+        taken = [model["name"] for model in found]
+        if target in known:
+            for model in known[target]:
+                found.append({**model, "name": unlike(model["name"], [other["name"] for other in found])})
+            continue
+        with opened(target, unlike(short[target], taken), step=step, device=device, dtype=settings.dtype) as one:
             settings = settings.for_length(one.trained_length)
             if body is None:
-                body = _text(sources, data, fresh, settings)
-                straw = text.from_sources(haystack, _bytes(settings)) if haystack else body
-            print(f"=== {name}: {one.identity['kind']}, step {one.identity['step']}", flush=True)
+                size = _bytes(settings, one.trained_length)
+                body = _text(sources, data, fresh, size)
+                straw = text.from_sources(haystack, size) if haystack else body
+            _foresee(one, body, straw, settings)
+            print(f"=== {one.identity['name']}: {one.identity['kind']}, step {one.identity['step']}", flush=True)
             found.append(measure(one, body, straw, settings))
         _write(out / "results.json", found)
     if not found:
@@ -119,24 +126,36 @@ def stretch(config, factor: float | None) -> dict:
     return dict(config.rope_parameters)
 
 
-def _text(sources: Sequence[str], data: str | None, targets: Sequence[Path], settings: Settings) -> text.Text:
+def _text(sources: Sequence[str], data: str | None, targets: Sequence[Path], size: int) -> text.Text:
     if sources and data:
         raise ConfigError("--text and --data are both given", remedy="give one of them")
     if sources:
-        return text.from_sources(sources, _bytes(settings))
+        return text.from_sources(sources, size)
     if data:
-        return text.held_out(data, _bytes(settings))
+        return text.held_out(data, size)
     recipe = next(filter(None, map(recipe_of, targets)), None)
     if recipe is None:
         raise ConfigError(
             "no text to evaluate on: no target is a run folder, which would name its data",
             remedy="--data DATASET, --text FILE, or --text package:king-james",
         )
-    return text.of_run(recipe, _bytes(settings))
+    return text.of_run(recipe, size)
 
 
-def _bytes(settings: Settings) -> int:
-    return BYTES_PER_TOKEN * max(settings.tokens, settings.sequences * max(settings.lengths))
+def _foresee(one: Opened, body: text.Text, haystack: text.Text, settings: Settings) -> None:
+    """Lengths that the text or the needle does not fit are refused now, not after minutes of other parts."""
+    if "length" in settings.parts:
+        text.sequences(one.tokenizer, body, settings.lengths[-1], 1)
+    if "attention" in settings.parts:
+        text.sequences(one.tokenizer, body, one.trained_length, 1)
+    if "needle" in settings.parts:
+        hay = stream(one.tokenizer, haystack)
+        for context in settings.lengths:
+            build(one.tokenizer, hay, context, 0.5, f"{settings.seed} 0", settings.candidates)
+
+
+def _bytes(settings: Settings, trained: int) -> int:
+    return BYTES_PER_TOKEN * max(settings.tokens, settings.sequences * max(*settings.lengths, trained))
 
 
 def _check_device(device: str) -> None:

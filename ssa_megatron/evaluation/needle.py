@@ -14,7 +14,7 @@ import torch
 
 from ssa_megatron.errors import ConfigError, DataProblem
 from ssa_megatron.evaluation.settings import Settings
-from ssa_megatron.evaluation.targets import Opened
+from ssa_megatron.evaluation.targets import Opened, not_finite
 from ssa_megatron.evaluation.text import Text, encode
 
 NAMES = "Abraham Caleb Daniel Esther Gideon Hannah Isaac Jacob Miriam Nathan Naomi Peter Rachel Samuel Sarah Simon"
@@ -37,7 +37,7 @@ class Sample:
 def needle(opened: Opened, haystack: Text, settings: Settings) -> dict:
     """`cells`: for each mode, context and depth the shares of needles retrieved (`ranked`, `greedy`), the mean rank of the
     answer (1 is best) and its mean `margin`, nats above the mean of the other candidates."""
-    tokens = [token for document in haystack.documents for token in encode(opened.tokenizer, document + "\n")]
+    tokens = stream(opened.tokenizer, haystack)
     cells = []
     for mode in ("full", "sparse"):
         for context in settings.lengths:
@@ -54,6 +54,8 @@ def needle(opened: Opened, haystack: Text, settings: Settings) -> dict:
                 for batch in _batches(samples, settings.batch_tokens)
                 for answer in _ask(opened.model, batch, mode)
             ]
+            if not all(math.isfinite(score) for scores, _ in found for score in scores):
+                raise not_finite(opened, mode)
             count = len(samples) // len(settings.depths)
             for i, depth in enumerate(settings.depths):
                 part = found[i * count : (i + 1) * count]
@@ -69,8 +71,13 @@ def needle(opened: Opened, haystack: Text, settings: Settings) -> dict:
     }
 
 
-def build(tokenizer, stream: list[int], context: int, depth: float, seed: str, candidates: int) -> list[Sample]:
-    """A prompt of exactly `context` tokens for each candidate: a stretch of `stream`, the fact at `depth` of it, the question.
+def stream(tokenizer, haystack: Text) -> list[int]:
+    """All of the haystack's tokens, a newline after each document."""
+    return [token for document in haystack.documents for token in encode(tokenizer, document + "\n")]
+
+
+def build(tokenizer, hay: list[int], context: int, depth: float, seed: str, candidates: int) -> list[Sample]:
+    """A prompt of exactly `context` tokens for each candidate: a stretch of `hay`, the fact at `depth` of it, the question.
 
     The stretch, the name and the words depend on `seed` alone, so all depths and contexts ask the same questions. From the
     fact on, the prompts of all candidates are equal, each token at its own position. Raises ConfigError, DataProblem.
@@ -86,19 +93,17 @@ def build(tokenizer, stream: list[int], context: int, depth: float, seed: str, c
         raise ConfigError(
             f"--lengths: {context} tokens do not hold the needle", remedy=f"begin at {2 * (context - room)} or more"
         )
-    if len(stream) < context:
+    if len(hay) < context:
         raise DataProblem(
-            f"the haystack has {len(stream):,} tokens, and a context {context:,}",
+            f"the haystack has {len(hay):,} tokens, and a context {context:,}",
             remedy="give a longer one with --haystack, or shorter --lengths",
         )
-    end = context + int(draw.random() * (len(stream) - context + 1))
+    end = context + int(draw.random() * (len(hay) - context + 1))
     after = round((1 - depth) * room)
     prompts = []
     for fact_tokens in planted:
         before = context - len(marks) - len(fact_tokens) - after - len(asked)
-        prompts.append(
-            marks + stream[end - after - before : end - after] + fact_tokens + stream[end - after : end] + asked
-        )
+        prompts.append(marks + hay[end - after - before : end - after] + fact_tokens + hay[end - after : end] + asked)
     return [Sample(prompt, [answers[i], *answers[:i], *answers[i + 1 :]]) for i, prompt in enumerate(prompts)]
 
 

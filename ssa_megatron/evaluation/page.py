@@ -28,6 +28,11 @@ def write_page(out: Path, found: Sequence[dict]) -> Path:
     """Write `out/report.html` and `out/*.svg`; each replaces an earlier one in one rename. Returns the page's path."""
     style = "\n".join(path.read_text(encoding="utf-8") for path in STYLES)
     drawn = {part: list(draw(found)) for part, draw in PICTURES.items()}
+    for path in out.glob("*.svg"):
+        if re.fullmatch(
+            rf"({'|'.join(PICTURES)})(-\d+)?\.svg", path.name
+        ):  # of an earlier evaluation, which may have had more
+            path.unlink()
     for part, pictures in drawn.items():
         for number, picture in enumerate(pictures):
             name = f"{part}-{number}.svg" if len(pictures) > 1 else f"{part}.svg"

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ssa_megatron.evaluation.settings import Settings
-from ssa_megatron.evaluation.targets import Opened
+from ssa_megatron.evaluation.targets import Opened, not_finite
 from ssa_megatron.evaluation.text import Text, pieces, sequences
 from ssa_megatron.hf import bare
 
@@ -86,7 +86,10 @@ def paired(nats: Sequence[Tensor], baseline: Sequence[Tensor]) -> tuple[float, f
 
 
 def _score(opened: Opened, documents, mode: str, count: int | None, settings: Settings) -> list[Tensor]:
-    return bare.token_nats(opened.model, documents, mode=mode, block_count=count, batch_tokens=settings.batch_tokens)
+    nats = bare.token_nats(opened.model, documents, mode=mode, block_count=count, batch_tokens=settings.batch_tokens)
+    if not all(bool(piece.isfinite().all()) for piece in nats):
+        raise not_finite(opened, mode)
+    return nats
 
 
 def _total(nats: Sequence[Tensor]) -> float:

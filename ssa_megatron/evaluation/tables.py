@@ -48,6 +48,8 @@ def differences(found: Sequence[dict]) -> list[str]:
         ]
         if changed:
             said.append(f"{pair} were measured with different settings: {', '.join(changed)}.")
+        if model["trained_length"] != first["trained_length"]:
+            said.append(f"{pair} were trained on different lengths, to which budgets and attention are cut.")
         if model["tokenizer_fingerprint"] != first["tokenizer_fingerprint"]:
             said.append(f"{pair} have different tokenizers: compare bits per byte, not nats per token.")
     return said

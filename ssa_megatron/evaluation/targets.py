@@ -4,6 +4,7 @@ A run is exported to a temporary folder first, so that what is measured is what 
 else, and results of another schema.
 """
 
+import itertools
 import json
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -91,12 +92,28 @@ def opened(target: Path, name: str, *, step: int | None, device: str, dtype: str
 def names(targets: Sequence[Path]) -> list[str]:
     """A short name for each: the last parts of its path, as many as it takes to tell all of them apart."""
     paths = [target.resolve() for target in targets]
-    for count in range(1, max(len(path.parts) for path in paths) + 1):
+    for count in range(1, max((len(path.parts) for path in paths), default=0) + 1):
         short = ["/".join(path.parts[-count:]) for path in paths]
         if len(set(short)) == len(short):
             return short
-    twice = next(path for path in paths if paths.count(path) > 1)
-    raise ConfigError(f"{twice} is named twice", remedy="name each target once")
+    if paths:
+        twice = next(path for path in paths if paths.count(path) > 1)
+        raise ConfigError(f"{twice} is named twice", remedy="name each target once")
+    return []
+
+
+def unlike(name: str, taken: Sequence[str]) -> str:
+    """`name`, or `name (2)` and so on where an earlier evaluation has a model of that name."""
+    others = (f"{name} ({number})" for number in itertools.count(2))
+    return name if name not in taken else next(other for other in others if other not in taken)
+
+
+def not_finite(opened: "Opened", mode: str) -> CheckpointError:
+    """The error of scores that are no numbers."""
+    return CheckpointError(
+        f"{opened.identity['name']}: likelihoods in {mode} mode are not finite ({opened.identity['dtype']})",
+        remedy="evaluate another --step, or with --dtype fp32",
+    )
 
 
 def _identity(name: str, target: Path, folder: Path, model) -> dict:

@@ -12,10 +12,13 @@ import pipelines
 from ssa_megatron.cli import app
 from ssa_megatron.errors import CheckpointError, ConfigError, DataProblem, EnvironmentProblem
 from ssa_megatron.evaluation.command import evaluate
+from ssa_megatron.evaluation.needle import needle
+from ssa_megatron.evaluation.scores import perplexity_by_length, quality_against_budget
 from ssa_megatron.evaluation.settings import Settings
 from ssa_megatron.evaluation.tables import differences, render, tables
-from ssa_megatron.evaluation.targets import SCHEMA, names
-from ssa_megatron.evaluation.text import held_out
+from ssa_megatron.evaluation.targets import SCHEMA, Opened, names, opened
+from ssa_megatron.evaluation.text import from_sources, held_out
+from ssa_megatron.hf.bare import load_tokenizer
 from tests.hf.conftest import corpus
 
 SMALL = Settings(lengths=(64, 160), budgets=(1, 3, "all"), tokens=400, sequences=2, depths=(0.0, 1.0))
@@ -83,8 +86,8 @@ def test_results_of_an_earlier_evaluation_stand_beside_new_ones(done, folder, wr
         [done / "results.json", folder], Settings(parts=("budget",), tokens=200), out=tmp_path, sources=[str(written)]
     )
     found = results(tmp_path)
-    assert [model["name"] for model in found][:2] == [model["name"] for model in results(done)]
-    assert len(found) == 3
+    first, second = (model["name"] for model in results(done))
+    assert [model["name"] for model in found] == [first, second, f"{second} (2)"]
     (said,) = {line.partition("different settings: ")[2] for line in differences(found)}
     assert "lengths" in said
     assert "tokens" in said
@@ -128,11 +131,6 @@ def test_rope_scaling_is_the_models_own_and_is_named(folder, written, tmp_path):
     scaling = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
     scaling |= {"original_max_position_embeddings": 128, "rope_theta": model["rope"]["rope_theta"]}
     loaded = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, rope_parameters=scaling, dtype="auto")
-    from ssa_megatron.evaluation.scores import perplexity_by_length
-    from ssa_megatron.evaluation.targets import Opened
-    from ssa_megatron.evaluation.text import from_sources
-    from ssa_megatron.hf.bare import load_tokenizer
-
     own = perplexity_by_length(
         Opened(loaded.eval(), load_tokenizer(folder), {}, folder), from_sources([str(written)], 10**6), settings
     )
@@ -226,6 +224,27 @@ def test_the_verb_reads_its_options(folder, written, tmp_path, capsys):
     assert str(tmp_path / "report.html") in capsys.readouterr().out
     with pytest.raises(ConfigError, match="--budgets: 'many' is not a number"):
         command([*arguments, "--budgets", "4,many"], standalone_mode=False)
+
+
+def test_likelihoods_that_are_no_numbers_are_refused(folder, body, tmp_path):
+    for part in (quality_against_budget, perplexity_by_length, needle):
+        with opened(folder, "broken", step=None, device="cpu", dtype=None) as one:
+            one.model.model.norm.weight.data[3] = float("nan")
+            with pytest.raises(CheckpointError, match="broken: likelihoods in full mode are not finite"):
+                part(one, body, SMALL)
+
+
+def test_what_does_not_fit_is_refused_before_anything_is_measured(folder, written, tmp_path, capsys):
+    with pytest.raises(ConfigError, match="20 tokens do not hold the needle"):
+        evaluate([folder], Settings(lengths=(20, 64)), out=tmp_path, sources=[str(written)])
+    assert "budget" not in capsys.readouterr().out
+
+
+def test_pictures_of_an_earlier_evaluation_do_not_stay(done, folder, written, tmp_path):
+    for name in ("needle-9.svg", "budget.svg", "mine.svg"):
+        (tmp_path / name).write_text("old")
+    evaluate([folder], Settings(parts=("attention",), sequences=1), out=tmp_path, sources=[str(written)])
+    assert {path.name for path in tmp_path.glob("*.svg")} == {"mine.svg", *(f"attention-{i}.svg" for i in range(4))}
 
 
 def test_names_are_as_short_as_they_can_be(tmp_path):
