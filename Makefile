@@ -31,8 +31,8 @@ test-slow: setup  ## the long ones
 
 test-transformers: setup  ## the Hugging Face side on the newest transformers 5, with its Trainer and device maps
 	$(BIN)/python -m venv --clear .venv-transformers
-	@site='import site; print(site.getsitepackages()[0])'; \
-	$(BIN)/python -c "$$site" > "$$(.venv-transformers/bin/python -c "$$site")/training.pth"
+	@find='import site; print(site.getsitepackages()[0])'; \
+	echo "import site; site.addsitedir('$$($(BIN)/python -c "$$find")')" > "$$(.venv-transformers/bin/python -c "$$find")/training.pth"
 	.venv-transformers/bin/python -m pip install --disable-pip-version-check --quiet "transformers>=5" accelerate
 	.venv-transformers/bin/python -m pytest tests/hf
 

@@ -4,7 +4,10 @@ Every figure comes from the configuration, the checkpoint's manifest or the pari
 not measured.
 """
 
+import math
+
 from ssa_megatron.hf.configuration_ssa import SSAConfig
+from ssa_megatron.train.metrics import read_metrics
 
 KINDS = {
     "ssa": "trained on full and sparse attention with the alignment loss between the two",
@@ -14,8 +17,38 @@ KINDS = {
 }
 
 
-def model_card(config: SSAConfig, manifest: dict, parity: dict, name: str) -> str:
-    """Markdown with the Hub's metadata block."""
+LOSSES = {"eval/loss_full": "full", "eval/loss_sparse": "sparse", "eval/loss": "own"}
+
+
+def measured(checkpoint) -> dict | None:
+    """The trainer's own evaluation nearest before the exported step: {"step", mode: nats per token}; None if there is none."""
+    metrics, step = checkpoint.folder.parent.parent / "metrics.jsonl", checkpoint.manifest["step"]
+    if not metrics.is_file():
+        return None
+    for line in reversed(read_metrics(metrics, skip_damaged=True)):
+        found = {mode: line[key] for key, mode in LOSSES.items() if line.get(key) is not None}
+        if line["step"] <= step and found:
+            return {"step": line["step"], **found}
+    return None
+
+
+def _perplexity(found: dict | None, own_mode: str) -> str:
+    if found is None:
+        return "not measured in training; `ssa evaluate` measures it"
+    modes = {own_mode if mode == "own" else mode: nats for mode, nats in found.items() if mode != "step"}
+    said = ", ".join(f"{math.exp(nats):.3f} {mode}" for mode, nats in modes.items())
+    return f"{said} (validation rows, at step {found['step']})"
+
+
+def _data(manifest: dict) -> str:
+    """Fingerprints of the datasets, as the checkpoint's data position names them."""
+    datasets = manifest["state"].get("data", {}).get("datasets", {})
+    named = (f"{name} `{fingerprint}`" if name else f"`{fingerprint}`" for name, fingerprint in datasets.items())
+    return ", ".join(named) or "none: the weights were imported"
+
+
+def model_card(config: SSAConfig, manifest: dict, parity: dict, name: str, evaluated: dict | None = None) -> str:
+    """Markdown with the Hub's metadata block. evaluated: see `measured`."""
     c = config
     heads = f"{c.num_attention_heads} query heads in {c.num_key_value_heads} groups of {c.head_dim} channels"
     return f"""---
@@ -38,8 +71,13 @@ exported by SSA-Megatron: {KINDS[c.attention_kind]}. It continues text; it was n
 | optimizer steps | {manifest["step"]} |
 | recipe digest | `{manifest["recipe_digest"]}` |
 | tokenizer fingerprint | `{manifest["tokenizer_fingerprint"]}` |
+| data fingerprints | {_data(manifest)} |
+| perplexity | {_perplexity(evaluated, "sparse" if c.attention_kind in ("moba", "nsa") else "full")} |
+| weights | sha256 `{parity["weights_sha256"]}` |
 
-`parity.json` records the check made at export: every weight reloaded and compared bit for bit with the checkpoint.
+`parity.json` records the proof made at export: every weight read back and compared bit for bit with the checkpoint, and on
+{parity["forward"]["tokens"]} tokens the logits of these layers and of the trainer's, fp64: at most
+{max(parity["forward"]["trainer_minus_export"].values()):.1e} apart in both modes.
 
 ## Use
 Needs torch and transformers (4.57 or 5.x) only.

@@ -1,7 +1,7 @@
 """A checkpoint of any topology to a Hugging Face folder that loads with torch and transformers alone.
 
-A folder of the final name is always complete: everything is written beside it, reloaded and compared bit for bit with
-the checkpoint, and renamed at the end; `parity.json` holds what was compared. It refuses an existing `out`, missing,
+A folder of the final name is always complete: everything is written beside it, read back and proven (parity.py), and
+renamed at the end; `parity.json` holds what was compared. It refuses an existing `out`, missing,
 extra or misshapen weights, and tokenizers that could not be converted exactly.
 """
 
@@ -19,9 +19,10 @@ from torch import Tensor
 from pipelines import DataError, Tokenizer
 from ssa_megatron.errors import CheckpointError, ConfigError, DataProblem
 from ssa_megatron.files import sync_folder
-from ssa_megatron.hf.card import model_card
+from ssa_megatron.hf.card import measured, model_card
 from ssa_megatron.hf.configuration_ssa import SSAConfig
 from ssa_megatron.hf.modeling_ssa import SSAForCausalLM
+from ssa_megatron.hf.parity import prove
 from ssa_megatron.hf.tokenizer import write_tokenizer
 
 SHARD_BYTES = 5_000_000_000
@@ -34,7 +35,7 @@ def export(source, out: str | Path, *, step: int | None = None, dtype: str | tor
 
     `source`: a run folder (its newest checkpoint, or that of `step`), a step folder, or an open Checkpoint. `dtype`:
     "bf16", "fp16", "fp32" or a torch dtype; None keeps the working precision of training. One shard of weights is in
-    memory at a time while writing, the model once while comparing. Raises CheckpointError, ConfigError, DataProblem;
+    memory at a time while writing, one layer while comparing. Raises CheckpointError, ConfigError, DataProblem;
     then nothing is left behind.
     """
     out = Path(out)
@@ -56,9 +57,12 @@ def export(source, out: str | Path, *, step: int | None = None, dtype: str | tor
         marks = _write_tokenizer(checkpoint, config, temporary)
         written = write_weights(open_weights(checkpoint, expected, dtype), temporary)
         _write_config(config, written, marks, temporary)
-        parity = _check(checkpoint, temporary, dtype) | {"tokenizer_texts_compared": marks["texts_compared"]}
+        parity = _check(checkpoint, SSAConfig.from_pretrained(temporary), temporary, dtype) | {
+            "dtype": str(written["dtype"]).removeprefix("torch."),
+            "tokenizer_texts_compared": marks["texts_compared"],
+        }
         (temporary / "README.md").write_text(
-            model_card(config, checkpoint.manifest, parity, out.name), encoding="utf-8"
+            model_card(config, checkpoint.manifest, parity, out.name, measured(checkpoint)), encoding="utf-8"
         )
         parity["files"] = {path.name: _sha256(path) for path in sorted(temporary.iterdir())}
         _write_json(temporary / "parity.json", parity)
@@ -225,53 +229,14 @@ def _write_config(config: SSAConfig, written: dict, marks: dict, folder: Path) -
 
 
 # --------------------------------------------------------------------------------------------------------------- parity
-def _check(checkpoint, folder: Path, dtype: torch.dtype | None) -> dict:
-    """Reload the folder and compare it with the checkpoint; raises CheckpointError at the first difference."""
+def _check(checkpoint, config: SSAConfig, folder: Path, dtype: torch.dtype | None) -> dict:
+    """Read the folder back and prove it; raises CheckpointError at the first difference."""
     for name in CODE:
         if (folder / name).read_bytes() != Path(__file__).with_name(name).read_bytes():
             raise CheckpointError(f"{folder / name} was not copied whole", remedy="is the disk full? export again")
-    model = SSAForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True).eval()
-    loaded = dict(model.named_parameters())
-    digest, parameters, names = hashlib.sha256(), 0, expected_shapes(model.config)
-    for name in names:
-        wanted, got = checkpoint.tensor(name, kind="weight", dtype=dtype).contiguous(), loaded[name].detach()
-        # as bytes: a NaN equals itself, and -0.0 differs from 0.0
-        if got.dtype != wanted.dtype or not torch.equal(_bytes(got), _bytes(wanted)):
-            raise CheckpointError(f"{name} differs from the checkpoint after reloading", remedy="export again")
-        digest.update(name.encode() + _bytes(got).numpy().tobytes())
-        parameters += got.numel()
-    return {
-        "step": checkpoint.manifest["step"],
-        "recipe_digest": checkpoint.manifest["recipe_digest"],
-        "tokenizer_fingerprint": checkpoint.manifest["tokenizer_fingerprint"],
-        "weights_bit_equal": True,
-        "weights_sha256": digest.hexdigest(),
-        "tensors": len(names),
-        "parameters": parameters,
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "forward": _forward_report(model),
-    }
-
-
-@torch.inference_mode()
-def _forward_report(model: SSAForCausalLM) -> dict:
-    """Both modes run on one sequence: finite logits, and sparse equal to full where every block is selected."""
-    size = model.config.block_size
-    tokens = torch.arange(4 * size + 1)[None] % model.config.vocab_size
-    full = model(tokens, inference_mode="full", use_cache=False).logits.float()
-    sparse = model(tokens, inference_mode="sparse", block_count=2, use_cache=False).logits.float()
-    whole = model(tokens, inference_mode="sparse", block_count=5, use_cache=False).logits.float()
-    if not (full.isfinite().all() and sparse.isfinite().all()):
-        raise CheckpointError("the exported model's logits are not finite", remedy="export an earlier step")
-    return {
-        "tokens": tokens.shape[1],
-        "full_minus_sparse_all_blocks": (full - whole).abs().max().item(),
-        "full_minus_sparse_2_blocks": (full - sparse).abs().max().item(),
-    }
-
-
-def _bytes(tensor: Tensor) -> Tensor:
-    return tensor.reshape(-1).view(torch.uint8)
+    manifest = checkpoint.manifest
+    known = {key: manifest[key] for key in ("step", "recipe_digest", "tokenizer_fingerprint")}
+    return known | prove(checkpoint, folder, config, dtype)
 
 
 def _sha256(path: Path) -> str:
