@@ -136,8 +136,8 @@ def _train(
             asked, beat.asked = beat.asked, range(0)
             stopping, first, end = context.most(stop.reason is not None, asked.start, asked.stop)
             if end:
-                profiler.ask(first, end - 1)
-                console.say(f"  a profile of steps {first} to {end - 1} was asked for")
+                late = "" if profiler.ask(first, end - 1, done) else "; that is too late"
+                console.say(f"  a profile of steps {first} to {end - 1} was asked for{late}")
             if done % recipe.checkpoint.interval == 0 or last or stopping:
                 beat.phase("save", done)
                 saver.begin(progress, rows.state_dict())

@@ -19,10 +19,12 @@ class StepProfiler:
         self.steps, self.folder, self.context = steps, folder, context
         self._recorder: profile | None = None
 
-    def ask(self, first: int, last: int) -> None:
-        """Record these steps instead, unless a profile is being recorded."""
-        if self._recorder is None:
-            self.steps = range(first, last + 1)
+    def ask(self, first: int, last: int, done: int) -> bool:
+        """Record these steps too; whether they are to come and no others are asked for. The same on every rank."""
+        if first <= done or (len(self.steps) and done < self.steps[-1]):
+            return False
+        self.steps = range(first, last + 1)
+        return True
 
     def before(self, step: int) -> None:
         if step in self.steps and self.context.data_rank == 0 and self._recorder is None:
