@@ -4,7 +4,6 @@ It refuses a --cluster that nobody started on several machines.
 """
 
 import os
-import socket
 import subprocess
 
 from ssa_megatron.errors import ConfigError
@@ -26,11 +25,11 @@ def find() -> None:
 
 def _from_slurm() -> None:
     """srun without torchrun: the first node is the meeting place, the job's number chooses the port."""
-    nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_JOB_NODELIST", "localhost")
-    listed = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=False)
-    first = (listed.stdout.split() or [socket.gethostname()])[0]
+    if "MASTER_ADDR" not in os.environ:
+        os.environ["MASTER_ADDR"] = _first_node(
+            os.environ.get("SLURM_STEP_NODELIST") or os.environ["SLURM_JOB_NODELIST"]
+        )
     tasks = os.environ.get("SLURM_STEP_TASKS_PER_NODE", "1").partition("(")[0].partition(",")[0]
-    os.environ.setdefault("MASTER_ADDR", first)
     os.environ.setdefault("MASTER_PORT", str(20000 + int(os.environ.get("SLURM_JOB_ID", "0")) % 20000))
     os.environ.update(
         RANK=os.environ["SLURM_PROCID"],
@@ -38,3 +37,19 @@ def _from_slurm() -> None:
         LOCAL_RANK=os.environ["SLURM_LOCALID"],
         LOCAL_WORLD_SIZE=tasks,
     )
+
+
+def _first_node(nodes: str) -> str:
+    try:
+        said = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=False)
+        found, problem = said.stdout.split(), said.stderr.strip()
+    except OSError as error:
+        found, problem = [], str(error)
+    if found:
+        return found[0]
+    if set("[,") & set(nodes):
+        raise ConfigError(
+            f"SLURM_STEP_NODELIST={nodes} cannot be expanded: {problem}",
+            remedy="MASTER_ADDR=ADDRESS_OF_THE_FIRST_NODE srun ...",
+        )
+    return nodes
