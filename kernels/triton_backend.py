@@ -24,7 +24,7 @@ from . import (
 from .layout import slot_count, slot_starts
 from .spec import BlockSpec, KernelArgumentError
 from .torch_routing import pooled_blocks
-from .triton_config import choose, dual
+from .triton_config import VENDOR_TOKENS, choose, dual
 from .triton_dense import Dense
 
 
@@ -54,7 +54,8 @@ def _cut(x: Tensor, dim: int) -> Tensor:
 def _vendor_takes(q: Tensor, doc_starts, query_index) -> bool:
     """Never in a deterministic mode: with `warn_only` PyTorch keeps flash attention's unordered sums, and ours cost no more."""
     return (
-        q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and q.shape[3] in (64, 128)
+        q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)
+        and q.shape[3] in VENDOR_TOKENS and q.shape[0] * q.shape[1] >= VENDOR_TOKENS[q.shape[3]]
         and doc_starts is None and query_index is None and not torch.are_deterministic_algorithms_enabled()
     )  # fmt: skip
 
