@@ -38,7 +38,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--node-rank", type=int, default=int(environment["SLURM_NODEID"]) if job else 0, help="0 on the machine --host"
     )
-    parser.add_argument("--host", default=environment.get("SSA_HOST"), help="HOST[:PORT] of node rank 0")
+    parser.add_argument("--host", default=environment.get("SSA_HOST"), help="HOST[:PORT] of node rank 0; port 29500")
     parser.add_argument("--nproc-per-node", type=int, default=1, help="ranks on this node: one per GPU")
     parser.add_argument("--grace", type=float, default=120, help="seconds from a signal to SIGKILL; 120 by default")
     parser.add_argument("--silence", type=float, default=15, help="seconds after which a silent node is lost; 15")
@@ -62,10 +62,17 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         parser.error("--host is needed with several nodes: the address of node rank 0, as the others reach it")
     if found.nproc_per_node < 1 or found.node_rank < 0:
         parser.error("--nproc-per-node must be at least 1, --node-rank at least 0")
-    host, _, port = (found.host or "127.0.0.1").partition(":")
-    # Jobs that share a node must not share a port, so SLURM's job number picks it; below the range of outgoing connections.
-    found.port = int(port) if port else (10000 + int(job) % 20000 if job else PORT)
-    found.host, found.hosting = host, found.node_rank == 0
+    where = re.fullmatch(r"(?:\[(.+)\]|([^:\[\]]+))(?::(\d+))?", found.host or "127.0.0.1")
+    if not where or not 0 < int(where[3] or PORT) < 65536:
+        parser.error(f"--host {found.host} is neither HOST nor HOST:PORT, nor [IPV6]:PORT")
+    found.host, found.hosting = where[1] or where[2], found.node_rank == 0
+    if where[3]:
+        found.port = int(where[3])
+    elif found.most == 1:
+        found.port = _free_port(found.host)
+    else:
+        # Jobs that share a node must not share a port, so SLURM's job number picks it; below the range of outgoing connections.
+        found.port = 10000 + int(job) % 20000 if job else PORT
     return found
 
 
@@ -124,7 +131,7 @@ def _launch(options: argparse.Namespace, host: str, address: str, logs: Path) ->
 
     parameters = RendezvousParameters(
         backend="c10d",
-        endpoint=f"{host}:{options.port}",
+        endpoint=f"[{host}]:{options.port}" if ":" in host else f"{host}:{options.port}",
         run_id=options.id,
         min_nodes=options.fewest,
         max_nodes=options.most,
@@ -179,6 +186,14 @@ def _launch(options: argparse.Namespace, host: str, address: str, logs: Path) ->
     if agent.killed_by is not None:
         return 128 + agent.killed_by
     return next((code for code in codes.values() if code), 0) if codes else 0
+
+
+def _free_port(host: str) -> int:
+    try:
+        with socket.create_server((host, 0)) as probe:
+            return probe.getsockname()[1]
+    except OSError:
+        return PORT  # `own_address` says what is wrong with the host
 
 
 def _answers(host: str, port: int, patience: float) -> bool:

@@ -98,6 +98,15 @@ def ranks(run: Path, node: str | None = None) -> list[psutil.Process]:
     return [p for p in found if node is None or p.environ()["SLURMD_NODENAME"] == node]
 
 
+def kill_node(run: Path, node: str) -> None:
+    """Rank, launcher and slurmstepd of a node are gone without a word."""
+    [rank] = ranks(run, node)
+    family = (*reversed(rank.parents()[:2]), rank)
+    assert [process.name()[:6] for process in family] == ["slurms", "python", "python"]
+    for process in family:
+        process.kill()
+
+
 def test_the_time_limit_is_announced_saved_for_and_outlived(slurm, site, tmp_path, data, whole):
     """Two minutes; 10 s of grace and SLURM's minute before that. The ranks pause, so that the limit comes before their end."""
     hurried = tmp_path / "site.yaml"
@@ -124,7 +133,9 @@ def test_the_time_limit_is_announced_saved_for_and_outlived(slurm, site, tmp_pat
 def test_a_job_whose_node_died_goes_on_with_the_node_that_is_left(slurm, site, tmp_path, data, whole):
     job = Job(slurm, site, tmp_path / "run", data, nodes="1-2")
     job.reach(14)
-    slurm.command("scontrol", "update", "NodeName=n2", "State=DOWN", "Reason=test")
+    kill_node(job.run, "n2")
+    for state in ("DOWN", "DRAIN"):  # SLURM learns of it; drained, it does not come back by itself
+        slurm.command("scontrol", "update", "NodeName=n2", f"State={state}", "Reason=test")
     try:
         job.again(1)
         job.end()
@@ -184,12 +195,8 @@ def test_scontrol_requeue_continues_from_the_last_checkpoint(job, whole):
 
 
 def test_a_killed_step_daemon_on_one_node_requeues_the_job(job, whole):
-    """As when a node dies: its slurmstepd, launcher and rank are gone without a word."""
     job.reach(14)
-    [second] = ranks(job.run, "n2")
-    for process in (*reversed(second.parents()[:2]), second):  # launcher, slurmstepd
-        assert process.name().startswith(("python", "slurmstepd")), process
-        process.kill()
+    kill_node(job.run, "n2")
     job.again(1, timeout=400)
     job.end()
     assert read_starts(job.run)[0].ended is None

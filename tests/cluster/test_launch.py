@@ -1,0 +1,132 @@
+"""The launcher on one machine: what it refuses, the code it ends with, and when it stops restarting."""
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from cluster.launch import parse
+from ssa_megatron.checkpoint.reader import Checkpoint
+from ssa_megatron.train.metrics import read_metrics
+from tests import launch
+from tests.ssa_megatron.conftest import corpus, dataset, tokenizer  # noqa: F401 (fixtures)
+from tests.ssa_megatron.support import recipe_file
+
+TRAIN = ("train", "demo", "--run-folder", "runs/x")
+MURDERER = """
+import json, os, signal, sys, threading, time
+from pathlib import Path
+
+def last_step(path):
+    lines = path.read_text().splitlines() if path.exists() else []
+    return json.loads(lines[-1])["step"] if lines else 0
+
+def watch(path):
+    while last_step(path) != 3:
+        time.sleep(0.002)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+if "--run-folder" in sys.orig_argv and "ssa_megatron" in sys.orig_argv:
+    run = Path(sys.orig_argv[sys.orig_argv.index("--run-folder") + 1])
+    threading.Thread(target=watch, args=(run / "metrics.jsonl",), daemon=True).start()
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--nodes", "2:1", *TRAIN), "--nodes 2:1 is neither N nor MIN:MAX"),
+        (("--nodes", "0", *TRAIN), "--nodes 0 is neither N nor MIN:MAX"),
+        (("--nodes", "2", *TRAIN), "--host is needed with several nodes"),
+        (("--nodes", "2", "--host", "10.0.0.1:port", *TRAIN), "--host 10.0.0.1:port is neither HOST nor HOST:PORT"),
+        (("--host", "10.0.0.1:0", *TRAIN), "--host 10.0.0.1:0 is neither HOST nor HOST:PORT"),
+        (("--nproc-per-node", "0", *TRAIN), "--nproc-per-node must be at least 1"),
+        (("train", "demo"), "give `train RECIPE ... --run-folder RUN`"),
+        (("plan", "demo", "--run-folder", "x"), "give `train RECIPE ... --run-folder RUN`"),
+        ((), "give `train RECIPE ... --run-folder RUN`"),
+        (("--node", "2", *TRAIN), "unrecognized arguments"),
+    ],
+)
+def test_a_command_line_that_cannot_work_says_why(arguments, said, capsys):
+    with pytest.raises(SystemExit) as ended:
+        parse(list(arguments))
+    assert ended.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+def test_under_slurm_nodes_rank_host_and_port_come_from_the_job(monkeypatch):
+    job = {"SLURM_JOB_ID": "4711", "SLURM_NODEID": "3", "SLURM_NNODES": "8", "SSA_HOST": "10.0.0.1"}
+    for name, value in job.items():
+        monkeypatch.setenv(name, value)
+    found = parse(["--nproc-per-node", "8", *TRAIN])
+    assert (found.fewest, found.most, found.node_rank, found.hosting) == (8, 8, 3, False)
+    assert (found.host, found.port, found.id) == ("10.0.0.1", 14711, "slurm-4711")
+    monkeypatch.setenv("SSA_HOST", "10.0.0.1:29999")
+    assert parse(list(TRAIN)).port == 29999
+    monkeypatch.setenv("SSA_HOST", "[fd00::1]:29999")
+    assert parse(list(TRAIN)).host == "fd00::1"
+
+
+def start(*arguments: str, **extra: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-m", "cluster.launch", "--nproc-per-node", "2", *arguments],
+        cwd=launch.ROOT,
+        env=launch.environment(**extra),
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+
+
+def finish(process: subprocess.Popen, timeout: float) -> str:
+    try:
+        return process.communicate(timeout=timeout)[0]
+    finally:
+        launch.kill(process)
+
+
+def test_the_launch_ends_with_the_code_of_its_ranks_and_does_not_restart_what_is_hopeless(tmp_path):
+    process = start("train", "demo", "train.stepz=3", "--run-folder", str(tmp_path / "run"))
+    said = finish(process, 120)
+    assert process.returncode == 2, said
+    assert "did you mean 'steps'?" in said
+    assert "restarting" not in said
+
+
+def test_a_signal_to_the_launcher_is_a_committed_checkpoint_and_exit_code_75(dataset, tmp_path):  # noqa: F811
+    recipe, run = recipe_file(tmp_path, dataset, train__steps=100_000, checkpoint__interval=100_000), tmp_path / "run"
+    process = start("train", str(recipe), "--run-folder", str(run))
+    try:
+        deadline = time.monotonic() + 200
+        while not (run / "metrics.jsonl").exists() or len(read_metrics(run / "metrics.jsonl")) < 2:
+            assert process.poll() is None, process.stdout.read()
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        family = psutil.Process(process.pid).children(recursive=True)
+        process.send_signal(signal.SIGINT)
+    finally:
+        said = finish(process, 90)
+    assert process.returncode == 75, said
+    assert Checkpoint.open(run).content.step == read_metrics(run / "metrics.jsonl")[-1]["step"]
+    assert len(family) == 2
+    assert not [member for member in family if member.is_running()]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_batch_that_always_kills_stops_the_launch_and_is_named(dataset, tmp_path):  # noqa: F811
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(MURDERER)
+    recipe, run = recipe_file(tmp_path, dataset, train__steps=9, checkpoint__interval=2), tmp_path / "run"
+    environment = {"PYTHONPATH": f"{tmp_path / 'site'}:{launch.ROOT}"}
+    process = start("train", str(recipe), "--run-folder", str(run), **environment)
+    said = finish(process, 800)
+    assert process.returncode == 6, said[-4000:]
+    assert said.count("restarting from the last committed checkpoint") == 4
+    assert "the batch of step 4 (rows 12..15 of the stream)" in said
+    assert f"ssa data ledger {run} 4" in said
+    assert Path(run / "checkpoints" / "latest").read_text().strip() == "step-00000002"
