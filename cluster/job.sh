@@ -14,6 +14,7 @@ ssa_host() {
 # ssa_job RUN COMMAND...: the command's exit code is the job's, unless the job is requeued.
 #   75      the ranks stopped on a signal with a committed checkpoint: requeue, unless this shell was told to end (scancel)
 #   0, 2-7  done, or a message with a remedy that no restart can replace
+#   128+    INT, USR1, USR2 or TERM came a second time: somebody is in a hurry
 #   other   a crash that the launcher could not mend, or a lost node: requeue while there is progress, at most 3 times without
 ssa_job() {
     local run=$1 child code before ended=""
@@ -36,6 +37,10 @@ ssa_job() {
     echo "job: the ranks ended with $code"
     case $code in
         0 | [2-7]) return "$code" ;;
+        130 | 138 | 140 | 143)
+            echo "job: the same signal came twice, so not requeued; submit it again to go on"
+            return "$code"
+            ;;
         75) ;;
         *)
             if [[ $(ssa_latest "$run") == "$before" && ${SLURM_RESTART_COUNT:-0} -ge 3 ]]; then

@@ -116,6 +116,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _launch(options: argparse.Namespace, host: str, address: str, logs: Path) -> int | None:
     """The exit code, or None to try again because the rendezvous host fell silent."""
+    from torch.distributed import DistError
     from torch.distributed.elastic.agent.server.api import WorkerSpec
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
     from torch.distributed.elastic.rendezvous import (
@@ -148,6 +149,7 @@ def _launch(options: argparse.Namespace, host: str, address: str, logs: Path) ->
             registry.get_rendezvous_handler(parameters),
             host=host,
             port=options.port,
+            hosting=options.hosting,
             name=name,
             silence=options.silence,
         )
@@ -177,12 +179,12 @@ def _launch(options: argparse.Namespace, host: str, address: str, logs: Path) ->
             "were all of them started, and do all of them live?"
         )
         return 1
-    except (Lost, RendezvousError) as problem:
+    except (Lost, RendezvousError, DistError) as problem:
         if isinstance(problem, RendezvousConnectionError) and options.hosting:
             say(f"port {options.port} of {host} cannot be used ({problem.__cause__}); --host {host}:PORT takes another")
             return 1
-        say(f"{problem}; trying to come back for {options.join_timeout} s")
-        return None
+        say(f"{problem}; " + ("giving up" if options.hosting else f"trying to come back for {options.join_timeout} s"))
+        return 1 if options.hosting else None
     if agent.killed_by is not None:
         return 128 + agent.killed_by
     return next((code for code in codes.values() if code), 0) if codes else 0

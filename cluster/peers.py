@@ -12,6 +12,7 @@ from datetime import timedelta
 
 from torch.distributed import DistError, PrefixStore, Store, TCPStore
 from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousInfo
+from torch.distributed.elastic.rendezvous.api import RendezvousError
 
 from cluster.endings import say
 
@@ -39,7 +40,9 @@ class Peers(threading.Thread):
         beat, seen = 0, {}
         while not self._over.wait(BEAT if beat else 0):
             beat += 1
-            with contextlib.suppress(DistError, RuntimeError, ValueError):  # tried again; who gives up is the reader
+            with contextlib.suppress(
+                DistError, RendezvousError, RuntimeError, ValueError
+            ):  # tried again; who gives up is the reader
                 self._store.set(f"beat/{self._rank}", f"{beat} {self._own}")
                 if self._wanted is not None:
                     self._store.compare_set("verdict", "", str(self._wanted))
@@ -108,7 +111,8 @@ class Peers(threading.Thread):
 class WatchedRendezvous(RendezvousHandler):
     """A rendezvous handler whose rounds are watched by Peers, and whose `num_nodes_waiting` never blocks."""
 
-    def __init__(self, inner: RendezvousHandler, *, host: str, port: int, name: str, silence: float):
+    def __init__(self, inner: RendezvousHandler, *, host: str, port: int, hosting: bool, name: str, silence: float):
+        self._hosting = hosting
         self._inner, self._host, self._port, self.name, self._silence = inner, host, port, name, silence
         self.peers: Peers | None = None
 
@@ -132,7 +136,12 @@ class WatchedRendezvous(RendezvousHandler):
         return info
 
     def num_nodes_waiting(self) -> int:
-        waiting = self.peers.waiting if self.peers else 0
+        try:
+            waiting = self.peers.waiting if self.peers else 0
+        except Lost:
+            if self._hosting:  # it would be this process, which is busy
+                return 0
+            raise
         if waiting:
             say(f"{waiting} node(s) want to join: the ranks stop and all start together")
         return waiting

@@ -223,7 +223,7 @@ def test_a_second_signal_ends_the_job_at_once_and_does_not_requeue_it(job):
     job.slurm.command("scancel", "--batch", "--signal=TERM", job.id)
     job.end("FAILED", timeout=30)
     assert "again: the ranks are killed" in job.log
-    assert "not requeued" in job.log
+    assert "the same signal came twice, so not requeued" in job.log
     assert job.slurm.job(job.id)["Restarts"] == "0"
 
 
