@@ -143,7 +143,6 @@ def _launch(options: argparse.Namespace, host: str, address: str, logs: Path) ->
         read_timeout=30,
     )
     name = f"{os.environ.get('SLURMD_NODENAME') or socket.gethostname()} at {address}"
-    agent = None
     try:
         rendezvous = WatchedRendezvous(
             registry.get_rendezvous_handler(parameters),
@@ -172,7 +171,6 @@ def _launch(options: argparse.Namespace, host: str, address: str, logs: Path) ->
         )
         agent.listen()
         codes = agent.run().return_values
-        rendezvous.shutdown()
     except RendezvousTimeoutError:
         say(
             f"fewer than {options.fewest} node(s) came to {host}:{options.port} within {options.join_timeout} s; "
@@ -185,6 +183,7 @@ def _launch(options: argparse.Namespace, host: str, address: str, logs: Path) ->
             return 1
         say(f"{problem}; " + ("giving up" if options.hosting else f"trying to come back for {options.join_timeout} s"))
         return 1 if options.hosting else None
+    rendezvous.shutdown()
     if agent.killed_by is not None:
         return 128 + agent.killed_by
     return next((code for code in codes.values() if code), 0) if codes else 0
