@@ -4,6 +4,12 @@
 # `#SBATCH --signal=B:` and a user's `scancel --batch` reach this shell and nothing else; without a trap it would die of them, and
 # the job with it. A trap only runs while bash waits in `wait`, so the command runs in the background.
 
+# Until the command runs, a request is only remembered. TERM and INT are what scancel and people send to be rid of a job.
+ssa_asked=0
+ssa_ended=""
+trap 'ssa_asked=$((ssa_asked + 1))' USR1 USR2
+trap 'ssa_asked=$((ssa_asked + 1)); ssa_ended=yes' TERM INT
+
 # The address of the job's first node as SLURM itself reaches it: its name need not resolve, least of all on that node.
 ssa_host() {
     local first
@@ -17,31 +23,34 @@ ssa_host() {
 #   128+    INT, USR1, USR2 or TERM came a second time: somebody is in a hurry
 #   other   a crash that the launcher could not mend, or a lost node: requeue while there is progress, at most 3 times without
 ssa_job() {
-    local run=$1 child code before ended=""
+    local run=$1 child code=75 before
     shift
     before=$(ssa_latest "$run")
-    "$@" &
-    child=$!
-    # srun kills its tasks at once when it gets TERM, and passes USR1 on: so every request to stop travels as USR1.
-    trap 'echo "job: USR1"; kill -USR1 "$child" 2>/dev/null' USR1
-    trap 'echo "job: USR2"; kill -USR1 "$child" 2>/dev/null' USR2
-    trap 'echo "job: TERM"; ended=yes; kill -USR1 "$child" 2>/dev/null' TERM
-    trap 'echo "job: INT"; ended=yes; kill -USR1 "$child" 2>/dev/null' INT
-    while :; do
-        wait "$child"
-        code=$?
-        kill -0 "$child" 2>/dev/null || break # wait also returns when a trap has run
-    done
-    wait "$child" 2>/dev/null && code=0 # a signal that arrived with the end has hidden the command's own code
-    trap - USR1 USR2 TERM INT
+    if [[ $ssa_asked -eq 0 ]]; then
+        "$@" &
+        child=$!
+        # srun kills its tasks at once when it gets TERM, and passes USR1 on: so every request to stop travels as USR1.
+        trap 'ssa_forward USR1 "$child"' USR1 USR2
+        trap 'ssa_ended=yes; ssa_forward TERM "$child"' TERM INT
+        while :; do
+            wait "$child"
+            code=$?
+            kill -0 "$child" 2>/dev/null || break # wait also returns when a trap has run
+        done
+        wait "$child" 2>/dev/null
+        code=$? # a signal that came with the end has hidden the command's own code; bash remembers it
+        trap - USR1 USR2 TERM INT
+    fi
     echo "job: the ranks ended with $code"
     case $code in
         0 | [2-7]) return "$code" ;;
-        130 | 138 | 140 | 143)
-            echo "job: the same signal came twice, so not requeued; submit it again to go on"
-            return "$code"
-            ;;
         75) ;;
+        130 | 138 | 140 | 143)
+            if [[ $ssa_asked -ne 1 ]]; then # asked once, it is srun that died of it, before it could pass it on
+                echo "job: the same signal came twice, so not requeued; submit it again to go on"
+                return "$code"
+            fi
+            ;;
         *)
             if [[ $(ssa_latest "$run") == "$before" && ${SLURM_RESTART_COUNT:-0} -ge 3 ]]; then
                 echo "job: no checkpoint since this start, and it was not the first: not requeued"
@@ -49,13 +58,20 @@ ssa_job() {
             fi
             ;;
     esac
-    if [[ -n $ended ]]; then
+    if [[ -n $ssa_ended ]]; then
         echo "job: told to end, so not requeued; submit it again to go on"
         return "$code"
     fi
     echo "job: requeued, to go on from $(ssa_latest "$run")"
     scontrol requeue "$SLURM_JOB_ID" || echo "job: SLURM does not requeue it; sbatch the same script again to go on"
     return "$code"
+}
+
+# ssa_forward KIND CHILD: pass a request on.
+ssa_forward() {
+    ssa_asked=$((ssa_asked + 1))
+    echo "job: $1"
+    kill -USR1 "$2" 2>/dev/null
 }
 
 # The name of the newest committed checkpoint; empty before the first.

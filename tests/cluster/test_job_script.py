@@ -1,0 +1,74 @@
+"""cluster/job.sh on its own, where there is no SLURM: which endings ask for a requeue. test_slurm.py shows it on a real one."""
+
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from tests import launch
+
+# The job's command says when it is ready, and ends as the launcher would: with 75 when it is asked to, else with a code.
+COMMAND = "trap 'exit 75' USR1; touch {run}/ready; for _ in $(seq {tenths}); do sleep 0.1; done; exit {code}"
+SCRIPT = """
+set -uo pipefail
+source cluster/job.sh
+scontrol() {{ echo "asked of SLURM: $*"; }}
+SLURM_JOB_ID=7 SLURM_RESTART_COUNT={restarts}
+{before}
+ssa_job {run} bash -c "{command}"
+"""
+
+
+def start(run: Path, code: int, *, tenths: int = 0, restarts: int = 0, before: str = "") -> subprocess.Popen:
+    run.mkdir()
+    command = COMMAND.format(run=run, code=code, tenths=tenths).replace("$", "\\$")
+    script = SCRIPT.format(run=run, command=command, restarts=restarts, before=before)
+    return subprocess.Popen(["bash", "-c", script], cwd=launch.ROOT, stdout=subprocess.PIPE, text=True)
+
+
+ONCE_MORE = [(75, 0), (75, 99), (8, 0), (1, 0), (137, 2)]
+NO_MORE = [(0, 0), (2, 0), (6, 0), (7, 0), (137, 3), (138, 0), (143, 0)]
+
+
+@pytest.mark.parametrize(("code", "restarts"), [*ONCE_MORE, *NO_MORE])
+def test_an_exit_code_is_requeued_or_not(tmp_path, code, restarts):
+    process = start(tmp_path / "run", code, restarts=restarts)
+    said, _ = process.communicate(timeout=30)
+    assert process.returncode == code
+    assert ("asked of SLURM: requeue 7" in said) is ((code, restarts) in ONCE_MORE), said
+
+
+def test_a_crash_after_progress_is_requeued_however_often_it_was(tmp_path):
+    latest = tmp_path / "run" / "checkpoints" / "latest"
+    process = start(tmp_path / "run", 1, tenths=5, restarts=99)
+    time.sleep(0.2)
+    latest.parent.mkdir()
+    latest.write_text("step-00000010")
+    said, _ = process.communicate(timeout=30)
+    assert "requeued, to go on from step-00000010" in said
+
+
+@pytest.mark.parametrize(
+    ("number", "requeued"),
+    [(signal.SIGUSR1, True), (signal.SIGUSR2, True), (signal.SIGTERM, False), (signal.SIGINT, False)],
+)
+def test_a_signal_to_the_batch_shell_reaches_the_command(tmp_path, number, requeued):
+    process = start(tmp_path / "run", 3, tenths=100)
+    while not (tmp_path / "run" / "ready").exists():
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(number)
+    said, _ = process.communicate(timeout=30)
+    assert process.returncode == 75, said
+    assert ("asked of SLURM: requeue 7" in said) is requeued, said
+
+
+@pytest.mark.parametrize(("name", "requeued"), [("USR1", True), ("TERM", False)])
+def test_a_signal_before_the_command_is_not_lost(tmp_path, name, requeued):
+    process = start(tmp_path / "run", 0, before=f"kill -{name} $$")
+    said, _ = process.communicate(timeout=30)
+    assert process.returncode == 75, said
+    assert not (tmp_path / "run" / "ready").exists()
+    assert ("asked of SLURM: requeue 7" in said) is requeued, said
