@@ -112,7 +112,7 @@ def network():
 @contextlib.contextmanager
 def two_nodes(tmp_path: Path, data: Path, nodes: str):
     command = ("train", "demo", *SMALL, f"data.path={data}", "--run-folder", str(tmp_path / "run"))
-    options = ("--nodes", nodes, "--silence", "8", "--last-call", "5", "--id", PREFIX, *command)
+    options = ("--nodes", nodes, "--silence", "8", "--id", PREFIX, *command)
     first = Node("a", 0, tmp_path / "first.log", *options)
     second = Node("b", 1, tmp_path / "second.log", *options)
     try:
