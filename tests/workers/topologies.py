@@ -3,7 +3,8 @@
 usage: python -m tests.workers.topologies FOLDER CASES.json
 CASES.json is a list of {"name", "recipe": {"section.field": value}}. Launched alone it writes each case's reference to
 FOLDER/KEY.pt; launched in several processes it writes to CASES.json.out, per case, the relative errors of loss, alignment and
-gradient norm, of the worst parameter's gradient at the optimizer's step and of the worst parameter after three steps.
+gradient norm, of the worst parameter's gradient at the optimizer's step and of the worst parameter after three steps. A case
+with a "trap" springs it (`traps.py`) in the several processes; an error it raises there is {"noticed": text}.
 """
 
 import hashlib
@@ -11,6 +12,7 @@ import json
 import os
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -21,6 +23,7 @@ from ssa_megatron.parallel import context as parallel
 from ssa_megatron.parallel.topology import micro_batches
 from ssa_megatron.train.step import draw_batches, forward_backward, reduce_losses
 from tests.ssa_megatron.support import build, global_tensors, gradients_at_step, own_rows
+from tests.workers.traps import SPRINGS
 
 STEPS = 3
 BASE = {
@@ -64,9 +67,12 @@ def key(case: dict) -> str:
     return hashlib.sha256(recipe_of(case, alone=True).model_dump_json().encode()).hexdigest()[:16]
 
 
-def run_case(recipe: Recipe, context) -> dict:
+def run_case(recipe: Recipe, context, trap: str | None = None) -> dict:
     """Losses and norms of the steps, gradients of the first at the optimizer's step, masters after the last."""
-    model, optimizer = build(recipe, context)
+    before, after = SPRINGS[trap] if trap else (nullcontext, lambda *_: None)
+    with before():
+        model, optimizer = build(recipe, context)
+    after(model if isinstance(model, list) else [model], optimizer)
     count = micro_batches(recipe, context.world)
     results = {"losses": [], "alignments": [], "norms": []}
     for step in range(STEPS):
@@ -129,7 +135,14 @@ def main() -> None:
             if context is not None:
                 parallel_state.destroy_model_parallel()  # the processes stay together and are cut anew
             context, layout = parallel.initialize(recipe), recipe.parallel
-        found = run_case(recipe, context)
+        trap = None if alone else case.get("trap")
+        try:
+            found = run_case(recipe, context, trap)
+        except Exception as error:
+            if trap is None:
+                raise
+            results[case["name"]] = {"noticed": f"{type(error).__name__}: {error}"}
+            continue
         if alone:
             torch.save(found, path)
         else:
