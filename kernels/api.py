@@ -16,6 +16,7 @@ Shared arguments:
         Triton's interpreter (TRITON_INTERPRET=1).
 """
 
+import torch
 from torch import Tensor
 
 from . import checks, torch_backend
@@ -44,6 +45,13 @@ def choose_backend(name: str, q: Tensor) -> str:
         checks.need(triton is not None, "backend", "'triton'", "'auto' or 'torch': triton is not installed")
         got = f"'triton' for tensors on {q.device}"
         checks.need(q.is_cuda or interpreted, "backend", got, "CUDA tensors, or 'auto' or 'torch'")
+        wrong = interpreted and q.dtype == torch.bfloat16  # its bf16 products are off by any amount, without an error
+        checks.need(
+            not wrong,
+            "q.dtype",
+            q.dtype,
+            "float16 or float32 under Triton's interpreter, which multiplies bf16 wrongly",
+        )
     return name
 
 

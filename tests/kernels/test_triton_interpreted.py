@@ -106,6 +106,11 @@ else:
         )
         assert torch.equal(ours, theirs)
 
+    def test_bf16_is_refused_because_the_interpreter_multiplies_it_wrongly():
+        (q, k, v, _), _ = inputs(1, 20, 2, 1, 16, grad=False)
+        with pytest.raises(kernels.KernelArgumentError, match=r"q\.dtype.*bfloat16.*interpreter"):
+            kernels.full_attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), backend="triton")
+
     @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
     def test_gradients_cancel_where_one_key_has_all_the_weight(dtype):
         """A key 40 nats above all others: dq and dk are what is left of two equal terms, each far larger than they are."""

@@ -3,7 +3,8 @@
 A comparison that passes whatever happens would make `test_topologies_equal_one_process.py` worthless. Controls run the same
 recipes with nothing sprung. Traps that other tests spring: a skipped step and its learning rate, gradients of one rank that are
 not finite (`test_precision.py`); Adam's step or working weights not restored (`test_checkpoint.py`, which looks at every bit
-after a load); a checkpoint poured into other layers (`test_checkpoint_topology.py`).
+after a load); a checkpoint poured into other layers (`test_checkpoint_topology.py`); bf16 products under Triton's interpreter,
+which are refused (`tests/kernels/test_triton_interpreted.py`).
 """
 
 import json

@@ -1,6 +1,6 @@
 """Two ranks on one GPU, over gloo, against one rank: Triton kernels and bf16 in use, judged as on a CPU.
 
-The cases run side by side, each with its own reference: compiling, which several processes do as fast as one, is most of the time.
+The cases run side by side, each with its own reference: compiling, as quick for many processes as for one, is most of the time.
 """
 
 from concurrent.futures import ThreadPoolExecutor
