@@ -130,6 +130,7 @@ def transformer_config(recipe: Recipe) -> TransformerConfig:
         bias_dropout_fusion=False,
         persist_layer_norm=False,
         batch_p2p_comm=False,  # True is silently wrong with interleaved pipelines
+        overlap_p2p_comm=p.virtual_pipeline > 1,  # chunks send and receive while others compute
         **recompute,
     )
 
