@@ -8,7 +8,7 @@ unexpected weights is a ValueError: transformers alone would fill them with rand
 import math
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, __version__
+from transformers import AutoModelForCausalLM, AutoTokenizer, __version__, pipeline
 
 LOGIT_ROWS = 2048
 """Tokens whose fp32 logits exist at once: those of a long document would be the largest tensor of the run."""
@@ -117,6 +117,11 @@ def run_job(job):
     answer = {"torch": torch.__version__, "transformers": __version__, "generated": [], "perplexity": []}
     for request in job.get("generate", []):
         answer["generated"].append({**request, "texts": generate_texts(model, tokenizer, **request)})
+    if "pipeline" in job:
+        maker = pipeline("text-generation", model=job["folder"], trust_remote_code=True)
+        answer["pipeline"] = [
+            made[0]["generated_text"] for made in maker(job["pipeline"], max_new_tokens=8, batch_size=2)
+        ]
     for request in job.get("perplexity", []):
         nats, counted = score_documents(model, job["documents"], **request)
         answer["perplexity"].append({**request, **perplexity_of(nats, counted)})

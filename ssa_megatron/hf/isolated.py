@@ -52,9 +52,10 @@ def run_isolated(job: dict, *, timeout_s: float = 600.0) -> dict:
 
     `job`: `folder`; `generate`: list of keyword arguments of `bare.generate_texts` (`prompts`, `mode`, ...);
     `documents`: lists of token ids; `perplexity`: list of keyword arguments of `bare.score_documents` (`mode`,
-    `block_count`). The answer has `generated`, `perplexity` (each request with its result), `torch`, `transformers`,
-    and `imported`: the top-level modules from outside the standard library that the process ended up with. Raises
-    EnvironmentProblem if it fails.
+    `block_count`); `pipeline`: prompts for transformers' own text-generation pipeline. The answer has `generated`,
+    `perplexity` (each request with its result), `pipeline` (texts, greedy), `torch`, `transformers`, and `imported`: the
+    top-level modules from outside the standard library that the process ended up with. Raises EnvironmentProblem if it
+    fails.
     """
     from ssa_megatron.errors import EnvironmentProblem  # here: as a script this file must not touch the project
 

@@ -11,20 +11,25 @@ dim, M blocks, S blocks selected. `start_b` is the index of each row's first rea
 """
 
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.generation import GenerationMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_ssa import MODES, SSAConfig, check_choice
 
+WITHOUT_PLANS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 CHUNK_ELEMENTS = 1 << 24
 """Elements of the largest temporary of one chunk of queries; bounds memory at any length."""
 
@@ -276,7 +281,9 @@ def grouped_attention(q, k, v, mask_bts):
     group = heads // k.shape[1]
     folded = q.reshape(batch, k.shape[1], group * tokens, dim)
     mask = None if mask_bts is None else mask_bts.repeat(1, group, 1)[:, None]
-    return F.scaled_dot_product_attention(folded, k, v, attn_mask=mask).reshape(batch, heads, tokens, dim)
+    # cuDNN's attention makes a plan for every shape it has not seen, and each decoding step brings a new length
+    with sdpa_kernel(WITHOUT_PLANS) if q.is_cuda else nullcontext():
+        return F.scaled_dot_product_attention(folded, k, v, attn_mask=mask).reshape(batch, heads, tokens, dim)
 
 
 def full_stream(q, k, v, position_bt, start_b):
@@ -373,7 +380,7 @@ class SSARMSNorm(nn.Module):
 class SSAAttention(nn.Module):
     def __init__(self, config, layer_idx):
         super().__init__()
-        self.config, self.layer_idx = config, layer_idx
+        self.config, self.layer_idx, self.is_causal = config, layer_idx, True
         hidden, heads, kv_heads, dim = (
             config.hidden_size,
             config.num_attention_heads,
@@ -386,8 +393,11 @@ class SSAAttention(nn.Module):
         self.g_proj = nn.Linear(hidden, heads * config.gates, bias=False)
         self.o_proj = nn.Linear(heads * dim, hidden, bias=False)
 
-    def forward(self, x, position_bt, table, start_b, cache, mode, block_count, align):
-        """x [B, T, hidden] -> ([B, T, hidden], [B, T] alignment loss a token, or None unless `align`)."""
+    def forward(self, x, position_bt, table, start_b, cache, mode, block_count, align, outside=None):
+        """x [B, T, hidden] -> ([B, T, hidden], [B, T] alignment loss a token, or None unless `align`).
+
+        outside: an attention function of transformers' interface that runs in place of the full stream.
+        """
         config = self.config
         batch, tokens, _ = x.shape
         q, k, v = (f(x).view(batch, tokens, -1, config.head_dim).transpose(1, 2) for f in self._projections())
@@ -406,6 +416,9 @@ class SSAAttention(nn.Module):
                 pooled_v = pool_blocks(v, 0, count, config.block_size, start_b) if nsa else None
 
         def stream(kind):
+            if outside is not None:
+                found, _ = outside(self, q, k, v, None, scaling=config.head_dim**-0.5)
+                return found.reshape(batch, tokens, -1, config.head_dim).transpose(1, 2)
             if kind == "full":
                 return full_stream(q, k, v, position_bt, start_b)
             return sparse_stream(q, k, v, pooled_k, position_bt, start_b, config, block_count)
@@ -460,6 +473,7 @@ class SSAPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["SSADecoderLayer"]  # noqa: RUF012 - transformers' form
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     _supports_sdpa = True
+    _supports_attention_backend = True
     supports_gradient_checkpointing = True
 
     def _init_weights(self, module):
@@ -518,9 +532,12 @@ class SSAModel(SSAPreTrainedModel):
         inference_mode=None,
         block_count=None,
         with_alignment=False,
-        **_,
+        **kwargs,
     ):
-        """`attention_mask` [B, past + T]; `inference_mode` and `block_count` overrule the config for this call."""
+        """`attention_mask` [B, past + T]; `inference_mode` and `block_count` overrule the config for this call.
+
+        Other arguments are handed to the attention function of `config._attn_implementation` where it is not SDPA.
+        """
         mode = check_choice("inference_mode", inference_mode or self.config.inference_mode, MODES)
         block_count = self.config.block_count if block_count is None else block_count
         if block_count < 1:
@@ -540,12 +557,13 @@ class SSAModel(SSAPreTrainedModel):
         if start_b is not None:
             position = (position - start_b.to(x.device)[:, None]).clamp(min=0)  # padding itself counts as position 0
         table = rotary_table(position if position_ids is None else position_ids, self.config, wide(x).dtype)
+        outside = self._outside(mode, cache is not None or start_b is not None or with_alignment, kwargs)
         hidden, losses = [], []
         for layer in self.layers:
             if output_hidden_states:
                 hidden.append(x)
             # under device_map the layers' hooks bring these along; all but the cache, which lives where its layer does
-            x, loss = layer(x, position, table, start_b, cache, mode, block_count, with_alignment)
+            x, loss = layer(x, position, table, start_b, cache, mode, block_count, with_alignment, outside)
             losses.append(loss)
         x = self.norm(x)
         alignment = None
@@ -560,6 +578,20 @@ class SSAModel(SSAPreTrainedModel):
             alignment_loss=alignment,
         )
         return output.to_tuple() if return_dict is False else output
+
+    def _outside(self, mode, more, kwargs):
+        """The registered attention function, or None for this file's own streams.
+
+        One call of it is the full stream of rows that it separates itself (vLLM), and can be nothing else here.
+        """
+        name = self.config._attn_implementation
+        if name in (None, "sdpa", "eager"):
+            return None
+        if mode != "full" or self.config.attention_kind == "nsa" or more:
+            raise ValueError(
+                f"attn_implementation={name!r} runs full mode only, not nsa, without padding, cache and alignment loss"
+            )
+        return partial(ALL_ATTENTION_FUNCTIONS[name], **kwargs)
 
     def _starts(self, attention_mask, cache, total, past):
         """[B] first real tokens or None; without a mask a continued cache keeps the padding it was filled with."""
@@ -610,7 +642,7 @@ class SSAForCausalLM(SSAPreTrainedModel, GenerationMixin):
         block_count=None,
         trunk=None,
         num_items_in_batch=None,
-        **_,
+        **kwargs,
     ):
         """Logits [B, T, V] and, with `labels`, the loss: cross-entropy (training ssa: + alignment_weight * alignment).
 
@@ -636,6 +668,7 @@ class SSAForCausalLM(SSAPreTrainedModel, GenerationMixin):
             inference_mode=mode,
             block_count=block_count,
             with_alignment=align,
+            **kwargs,
         )
         x = output.last_hidden_state
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep  # 0 keeps all

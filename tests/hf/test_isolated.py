@@ -82,8 +82,11 @@ def test_folder_generates_and_scores_the_same_alone_as_here(folder):
             "generate": [{"prompts": prompts, "max_new_tokens": 12, **mode} for mode in modes],
             "documents": documents,
             "perplexity": list(modes),
+            "pipeline": prompts[:2],
         }
     )
+    texts = generate(folder, prompts[:2], max_new_tokens=8)
+    assert answer["pipeline"] == [prompt + text for prompt, text in zip(prompts, texts, strict=False)]
     assert not set(answer["imported"]) & {*REFUSED, "google", "numba"}
     assert {"torch", "transformers", "transformers_modules"} <= set(answer["imported"])
     for mode, generated, scored in zip(modes, answer["generated"], answer["perplexity"], strict=True):

@@ -406,6 +406,49 @@ def test_loss_in_evaluation_is_cross_entropy_alone_and_skips_padding():
     assert abs(loss * 60 - first - want * 59) < 1e-9
 
 
+# ----------------------------------------------------------------------------------------- attention from the outside
+class Flat:
+    """One layer's attention of an engine that keeps sequences one after the other, as vLLM does: [T, heads * D] in and out."""
+
+    def __init__(self, lengths, dim):
+        self.lengths, self.dim = lengths, dim
+
+    def forward(self, q, k, v, scale):
+        parts = []
+        for one in zip(*(x.split(self.lengths) for x in (q, k, v)), strict=True):
+            one = [x.unflatten(-1, (-1, self.dim)).transpose(0, 1) for x in one]
+            one[1:] = (x.repeat_interleave(one[0].shape[0] // x.shape[0], 0) for x in one[1:])
+            out = torch.nn.functional.scaled_dot_product_attention(*one, is_causal=True, scale=scale)
+            parts.append(out.transpose(0, 1).flatten(1))
+        return torch.cat(parts)
+
+
+def flat_attention(module, query, key, value, attention_mask, scaling, attention_instances, **_):
+    assert module.is_causal
+    assert attention_mask is None
+    flat = (x.transpose(1, 2).reshape(x.shape[2], -1) for x in (query, key, value))
+    return attention_instances[module.layer_idx].forward(*flat, scaling), None
+
+
+@torch.no_grad()
+def test_an_engine_may_run_the_full_stream_through_transformers_interface():
+    from transformers import AttentionInterface
+
+    AttentionInterface.register("flat", flat_attention)
+    model, _, _ = build("ssa")
+    rows = [tokens_of(length)[0] for length in (70, 31, 1)]
+    want = torch.cat([model(row[None], inference_mode="full").logits[0] for row in rows])
+    model.config._attn_implementation = "flat"
+    instances = {i: Flat([len(row) for row in rows], 8) for i in range(2)}
+    position = torch.cat([torch.arange(len(row)) for row in rows])[None]
+    options = {"position_ids": position, "use_cache": False, "attention_instances": instances}
+    got = model(torch.cat(rows)[None], return_dict=False, **options)[0][0]
+    assert (got - want).abs().max() < 1e-10
+    for refused in ({"inference_mode": "sparse"}, {"use_cache": True}):
+        with pytest.raises(ValueError, match="attn_implementation='flat' runs full mode only"):
+            model(torch.cat(rows)[None], **(options | refused))
+
+
 # ------------------------------------------------------------------------------------------------------------- refusals
 def test_wrong_settings_are_named():
     with pytest.raises(ValueError, match="attention_kind='dense'"):
