@@ -30,6 +30,7 @@ def write(run: Path, line: dict) -> bool:
         handle = os.open(_path(run, line["rank"]), os.O_WRONLY | os.O_CREAT, 0o644)
         try:
             os.pwrite(handle, data, 0)
+            os.ftruncate(handle, len(data))  # after one that was longer
         finally:
             os.close(handle)
     except OSError:

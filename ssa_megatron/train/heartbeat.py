@@ -36,10 +36,8 @@ class Heartbeat:
         self._phase, self._step, self._marks, self._since = "build", 0, 0, time.monotonic()
         self._first = 0
         self._beats, self._verdict = 0, None
-        self._closed, self._thread = (
-            threading.Event(),
-            threading.Thread(target=self._work, name="heartbeat", daemon=True),
-        )
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._work, name="heartbeat", daemon=True)
         self.exit_code: int | None = None
         """What the process is about to end with."""
         self.values: dict | None = None
@@ -137,10 +135,8 @@ class Heartbeat:
         try:
             (self._run / "logs").mkdir(exist_ok=True)
             with (self._run / "logs" / f"stacks-rank-{self._context.rank:05d}.txt").open("w") as file:
-                file.write(
-                    f"{self._verdict}\nrank {self._context.rank}, pid {os.getpid()} on {socket.gethostname()}, in "
-                )
-                file.write(f"{self._phase} of step {self._step}\n\n")
+                who = f"rank {self._context.rank}, pid {os.getpid()} on {socket.gethostname()}"
+                file.write(f"{self._verdict}\n{who}, in {self._phase} of step {self._step}\n\n")
                 file.flush()
                 faulthandler.dump_traceback(file, all_threads=True)
         except OSError as problem:

@@ -141,11 +141,8 @@ def _train(
             if done % recipe.checkpoint.interval == 0 or last or stopping:
                 beat.phase("save", done)
                 saver.begin(progress, rows.state_dict())
-                if (
-                    (last or stopping or not recipe.checkpoint.asynchronous)
-                    and not saver.finish()
-                    and (last or stopping)
-                ):
+                at_once = last or stopping or not recipe.checkpoint.asynchronous
+                if at_once and not saver.finish() and (last or stopping):
                     raise _unsaved(run, done)
             if progress.skipped_in_a_row >= recipe.train.max_skipped_steps:
                 raise TrainingStopped(

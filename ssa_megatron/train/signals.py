@@ -85,7 +85,8 @@ class StopRequest:
         while True:
             ready, _, _ = select.select([self._pipe], [], [], LOOK)
             for number in os.read(self._pipe, 64) if ready else b"":
-                self._note(signal.Signals(number))
+                if number in HANDLED:  # the pipe gets every signal that has a handler, whoever installed it
+                    self._note(signal.Signals(number))
             if parent is not None and os.getppid() != parent:
                 parent = None
                 self.ask("the end of its launcher")

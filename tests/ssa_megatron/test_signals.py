@@ -65,6 +65,20 @@ def test_the_first_of_several_is_the_reason():
     assert several("SIGUSR1", "0", "SIGTERM", "0.1").stdout == "SIGUSR1\nSIGUSR1\n"
 
 
+def test_a_signal_of_somebody_else_is_not_a_request():
+    code = """if 1:
+        import signal, time
+        from ssa_megatron.train.signals import StopRequest
+        stop = StopRequest().listen()
+        signal.signal(signal.SIGALRM, lambda *_: print("heard"))
+        signal.setitimer(signal.ITIMER_REAL, 0.1)
+        time.sleep(0.3)
+        print(stop.reason)
+    """
+    ended = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, timeout=30)
+    assert (ended.stdout, ended.returncode) == ("heard\nNone\n", 0)
+
+
 def test_a_process_that_met_nobody_yet_ends_at_once_even_in_a_call_that_nothing_interrupts():
     code = """if 1:
         import os, signal, threading, time

@@ -96,18 +96,18 @@ def test_the_share_of_the_gpus_peak_is_that_of_the_plan(run):
     ("signs", "state", "alive"),
     [
         ([], "no sign of life", False),
-        ([sign(0, exit_code=0), sign(1, exit_code=0)], "done", False),
-        ([sign(0, exit_code=75), sign(1, exit_code=75)], "stopped; start it again", False),
-        ([sign(0, exit_code=8), sign(1, ago=60)], "hung, see logs/; start it again", False),
-        ([sign(0, exit_code=3), sign(1, exit_code=3)], "ended with exit code 3", False),
-        ([sign(0, ago=600), sign(1, ago=602)], "no sign of life for 10 min", False),
-        ([sign(0), sign(1, ago=40)], "rank 1 silent for 40 s", True),
-        ([sign(0, phase="save", seconds=200), sign(1)], "save for 3 min", True),
+        ([{"rank": 0, "exit_code": 0}, {"rank": 1, "exit_code": 0}], "done", False),
+        ([{"rank": 0, "exit_code": 75}, {"rank": 1, "exit_code": 75}], "stopped; start it again", False),
+        ([{"rank": 0, "exit_code": 8}, {"rank": 1, "ago": 60}], "hung, see logs/; start it again", False),
+        ([{"rank": 0, "exit_code": 3}, {"rank": 1, "exit_code": 3}], "ended with exit code 3", False),
+        ([{"rank": 0, "ago": 600}, {"rank": 1, "ago": 602}], "no sign of life for 10 min", False),
+        ([{"rank": 0}, {"rank": 1, "ago": 39.6}], "rank 1 silent for 40 s", True),
+        ([{"rank": 0, "phase": "save", "seconds": 200}, {"rank": 1}], "save for 3 min", True),
     ],
 )
 def test_the_state_is_told_by_the_signs_of_life(run, signs, state, alive):
     for one in signs:
-        beats.write(run, one)
+        beats.write(run, sign(**one))
     found = Watcher(run).look()
     assert (found.state, found.alive) == (state, alive)
     assert (found.seconds_left is not None) == alive
@@ -161,8 +161,10 @@ def test_durations_are_short():
 # ------------------------------------------------------------------------------------------------------------- heartbeat
 def test_a_line_written_over_a_longer_one_leaves_nothing_of_it(tmp_path):
     beats.clear(tmp_path)
-    beats.write(tmp_path, sign(0) | {"at": "x" * 300})
-    beats.write(tmp_path, sign(0))
+    for length in (300, 3000):
+        beats.write(tmp_path, sign(0) | {"at": "x" * length})
+        assert len(beats.read(tmp_path, 0)["at"]) == length
+        beats.write(tmp_path, sign(0))
     assert beats.read(tmp_path, 0)["at"] == "train/step.py:70 train_step"
     assert (tmp_path / "heartbeats" / "rank-00000.json").stat().st_size == beats.WIDTH
 
