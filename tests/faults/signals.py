@@ -6,6 +6,7 @@
 import contextlib
 import json
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -33,7 +34,7 @@ class Outcome:
     seconds: float
     """From the signal until no rank is left."""
     exits: list[int | None]
-    """Exit codes of the ranks, from their last heartbeat or torchrun's list; None where neither tells."""
+    """Exit codes of the ranks, from their last heartbeat or torchrun's list of failures; None where neither tells."""
     step: int
     """Of the newest committed checkpoint; 0 for none."""
     last: int
@@ -61,7 +62,9 @@ def deliver(phase: str, name: str, recipient: str, folder: Path, train: list[str
     finally:
         kill(job)
     beats = [read(run, rank) for rank in range(processes)]
-    exits = [beat["exit"] if beat else 75 * ("start me again" in output) or None for beat in beats]
+    told = {int(rank): int(code) for rank, code in re.findall(r"rank +: (\d+) .*\n +exitcode +: (-?\d+)", output)}
+    told |= {0: job.returncode} if processes == 1 else {}
+    exits = [beat["exit"] if beat else told.get(rank) for rank, beat in enumerate(beats)]
     checkpoints = [int(path.name.removeprefix("step-")) for path in committed(run)] if run.is_dir() else []
     lines = (run / "metrics.jsonl").read_text().splitlines() if (run / "metrics.jsonl").exists() else []
     last = json.loads(lines[-1])["step"] if lines else 0

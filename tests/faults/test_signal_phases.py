@@ -18,7 +18,11 @@ def check(folder, dataset, phase, name, recipient, processes=2):  # noqa: F811
     evaluations = {"train__eval_interval": 3, "train__eval_rows": 4}
     recipe = recipe_file(folder, dataset, train__steps=100_000, checkpoint__interval=2, **evaluations)
     found = deliver(phase, name, recipient, folder, ["train", str(recipe)], processes=processes)
-    assert found.exits == [75] * processes, found.output[-4000:]
+    if phase in ("libraries", "meeting"):  # no heartbeat yet, and torchrun lists the first rank that failed, if any
+        assert set(found.exits) <= {75, None}, found.output[-4000:]
+        assert "start me again" in found.output
+    else:
+        assert found.exits == [75] * processes, found.output[-4000:]
     assert found.step == found.last, found.output[-4000:]
     assert (found.step > 0) == (phase in TRAINS)
     assert found.seconds < 10
