@@ -228,6 +228,62 @@ def generate(
     run(target, prompts or (), Settings(mode, block_count, max_new_tokens, temperature, top_p, seed), device=device)
 
 
+@app.command()
+def evaluate(
+    targets: Annotated[
+        list[Path], typer.Argument(help="run folders, exported folders, or results.json of earlier ones")
+    ],
+    out: Annotated[Path, typer.Option(help="folder for results.json, report.html and pictures")] = Path(
+        "runs/evaluation"
+    ),
+    parts: Annotated[str, typer.Option(help="of budget, length, needle, attention")] = "budget,length,needle,attention",
+    data: Annotated[str | None, typer.Option(help="dataset whose held-out documents are read; the first run's")] = None,
+    text: Annotated[list[str] | None, typer.Option(help="files of text, or package:king-james, instead")] = None,
+    haystack: Annotated[list[str] | None, typer.Option(help="text to hide the needle in; the same by default")] = None,
+    lengths: Annotated[str, typer.Option(help="by default 1/2, 1, 2 and 4 times the training length")] = "",
+    budgets: Annotated[str, typer.Option(help="blocks a token in sparse mode")] = "1,2,4,8,16,all",
+    tokens: Annotated[int, typer.Option(help="scored at each budget, at most")] = 65536,
+    sequences: Annotated[int, typer.Option(help="of the longest length, at most")] = 8,
+    haystacks: Annotated[int, typer.Option(help="for each context and depth; 8 needles each")] = 1,
+    depths: Annotated[str, typer.Option(help="of the needle, 0 to 1")] = "0,0.25,0.5,0.75,1",
+    rope_factor: Annotated[float | None, typer.Option(help="Llama-3 RoPE scaling; none by default")] = None,
+    tasks: Annotated[str, typer.Option(help="of lm-eval: names, .yaml files, .jsonl files of questions")] = "",
+    task_batch: Annotated[int, typer.Option(help="rows of an lm-eval batch")] = 8,
+    few_shot: Annotated[int, typer.Option(help="examples before each question of a task")] = 0,
+    limit: Annotated[int | None, typer.Option(help="questions of a task, at most")] = None,
+    step: Annotated[int | None, typer.Option(help="checkpoint step of run folders; the newest by default")] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+    dtype: Annotated[str | None, typer.Option(help="bf16, fp16 or fp32; as stored by default")] = None,
+    batch_tokens: Annotated[int, typer.Option(help="of a forward")] = 8192,
+    seed: Annotated[int, typer.Option(help="draws the needles")] = 0,
+) -> None:
+    """Perplexity by budget and length, needle in a haystack, attention, lm-eval tasks; several models side by side."""
+    from ssa_megatron.evaluation.settings import Settings, numbers
+
+    settings = Settings(
+        parts=tuple(dict.fromkeys(parts.split(",") + (["tasks"] if tasks else []))),
+        lengths=numbers(lengths, "--lengths"),
+        budgets=numbers(budgets, "--budgets", words=("all",)),
+        tokens=tokens,
+        sequences=sequences,
+        haystacks=haystacks,
+        depths=numbers(depths, "--depths", float),
+        rope_factor=rope_factor,
+        tasks=tuple(filter(None, tasks.split(","))),
+        task_batch=task_batch,
+        few_shot=few_shot,
+        limit=limit,
+        dtype=dtype,
+        batch_tokens=batch_tokens,
+        seed=seed,
+    )
+    from ssa_megatron.evaluation.command import evaluate as measure
+
+    measure(
+        targets, settings, out=out, sources=text or (), data=data, haystack=haystack or (), step=step, device=device
+    )
+
+
 @tokenizer_app.command("train")
 def tokenizer_train(
     sources: Sources,

@@ -55,7 +55,7 @@ def deliver(phase: str, name: str, recipient: str, folder: Path, train: list[str
         time.sleep(0.3)
         os.kill(job.pid if recipient == "torchrun" else ranks[int(recipient[-1])].pid, signal.Signals[name])
         began = time.monotonic()
-        _, alive = psutil.wait_procs(ranks, timeout=60)
+        gone, alive = psutil.wait_procs(ranks, timeout=60)
         seconds = time.monotonic() - began
         assert not alive, f"{phase}, {name} to {recipient}: {len(alive)} rank(s) alive after 60 s"
         output, _ = job.communicate(timeout=60)
@@ -63,7 +63,7 @@ def deliver(phase: str, name: str, recipient: str, folder: Path, train: list[str
         kill(job)
     beats = [read(run, rank) for rank in range(processes)]
     told = {int(rank): int(code) for rank, code in re.findall(r"rank +: (\d+) .*\n +exitcode +: (-?\d+)", output)}
-    told |= {0: job.returncode} if processes == 1 else {}
+    told |= {0: gone[0].returncode} if processes == 1 else {}  # it was reaped there
     exits = [beat["exit"] if beat else told.get(rank) for rank, beat in enumerate(beats)]
     checkpoints = [int(path.name.removeprefix("step-")) for path in committed(run)] if run.is_dir() else []
     lines = (run / "metrics.jsonl").read_text().splitlines() if (run / "metrics.jsonl").exists() else []
