@@ -119,9 +119,8 @@ def run_job(job):
         answer["generated"].append({**request, "texts": generate_texts(model, tokenizer, **request)})
     if "pipeline" in job:
         maker = pipeline("text-generation", model=job["folder"], trust_remote_code=True)
-        answer["pipeline"] = [
-            made[0]["generated_text"] for made in maker(job["pipeline"], max_new_tokens=8, batch_size=2)
-        ]
+        made = maker(job["pipeline"], max_new_tokens=8, do_sample=False, batch_size=2)
+        answer["pipeline"] = [texts[0]["generated_text"] for texts in made]
     for request in job.get("perplexity", []):
         nats, counted = score_documents(model, job["documents"], **request)
         answer["perplexity"].append({**request, **perplexity_of(nats, counted)})
