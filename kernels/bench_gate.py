@@ -6,7 +6,7 @@ before them; the tolerances are `accuracy`'s. A row that fails is reported as fa
 
 import torch
 
-from . import accuracy
+from . import accuracy, masked
 from .bench_cases import SPEC, Contender, Sample
 from .spec import BlockSpec
 
@@ -26,7 +26,7 @@ def judge(contender: Contender, sample: Sample) -> str:
     docs = None if docs is None else docs[b]
     q, k, v, gate = (x.detach() for x in sample.leaves)
     leaves, upstream = [q[b, rows], k[b], v[b], gate[b, rows]], sample.upstream[b, rows]
-    masks = accuracy.Masks(*leaves[:2], BlockSpec(*SPEC), docs, rows.int())
+    masks = masked.Masks(*leaves[:2], BlockSpec(*SPEC), docs, rows.int())
     blocks = sample.selected(contender.docs)[b, rows]
     if contender.truth == "select":
         chosen = accuracy.selection(contender.call(*sample.leaves)[b, rows], *leaves[:2], masks, dim**-0.5)
@@ -38,8 +38,8 @@ def judge(contender: Contender, sample: Sample) -> str:
     got = _call(contender, sample, weight)
     mine = _part(got, rows, tail, b)
     name, inputs = contender.truth, (leaves, *fixed)
-    truth = _cut(accuracy.reference((name,), *inputs, torch.float64, **kinds)[name], tail, contender)
-    own = accuracy.yardsticks((name,), *inputs, dtype=DTYPE, **kinds)[name]
+    truth = _cut(masked.reference((name,), *inputs, torch.float64, **kinds)[name], tail, contender)
+    own = masked.yardsticks((name,), *inputs, dtype=DTYPE, **kinds)[name]
     own = [_cut(x, tail, contender) for x in own]
     found = accuracy.verdicts(accuracy.errors(contender.what, mine, truth, own, DTYPE))
     failed = [v for v in found if v.failed]
@@ -48,9 +48,7 @@ def judge(contender: Contender, sample: Sample) -> str:
 
 def _call(contender: Contender, sample: Sample, weight: float):
     if contender.backward:
-        outputs, grads = accuracy.results(
-            lambda: contender.call(*sample.leaves), sample.leaves, sample.upstream, weight
-        )
+        outputs, grads = masked.results(lambda: contender.call(*sample.leaves), sample.leaves, sample.upstream, weight)
         return outputs[:1], grads
     with torch.no_grad():
         return [contender.call(*sample.leaves)], []

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import kernels
-from kernels import BlockSpec, accuracy
+from kernels import BlockSpec, accuracy, masked
 
 MOST = 14_000_000  # elements of one [B, Hq, Nq, N] score matrix of the reference: 112 MB in fp64
 LONGEST = 2000
@@ -177,10 +177,10 @@ def check(c: Configuration, case: Case, device: str, judge: bool = True) -> Outc
     blocks, got, same = _ours(c, case, leaves, upstream, weight, options)
     if not judge:
         return Outcome([], [])
-    masks = accuracy.Masks(*leaves[:2], c.spec, docs, index)
+    masks = masked.Masks(*leaves[:2], c.spec, docs, index)
     fixed = upstream, masks, blocks, scale, weight
     kinds = {"trunk": c.trunk, "width": c.width}
-    truth = accuracy.reference(tuple(got), leaves, *fixed, torch.float64, **kinds)
+    truth = masked.reference(tuple(got), leaves, *fixed, torch.float64, **kinds)
     dtype, own = DTYPES[c.dtype], dict.fromkeys(got, ())
     chosen = accuracy.selection(blocks, *leaves[:2], masks, scale)
     numbers = torch.stack([chosen.malformed.double(), chosen.gap.double(), same.double(), _logit(leaves, scale)])
@@ -193,7 +193,7 @@ def check(c: Configuration, case: Case, device: str, judge: bool = True) -> Outc
     verdicts = judged()
     again = tuple({v.what.split()[0]: None for v in verdicts if v.failed})
     if again:  # PyTorch's own error can only allow more: it is computed where that matters
-        own |= accuracy.yardsticks(again, leaves, *fixed, dtype=dtype, ways=accuracy.WAYS, **kinds)
+        own |= masked.yardsticks(again, leaves, *fixed, dtype=dtype, ways=masked.WAYS, **kinds)
         verdicts = judged()
     verdicts.append(accuracy.Verdict("selection", gap, 0.0, f"selection: gap {gap:.2g} ties"))
     failures = [v.text for v in verdicts if v.failed]
@@ -214,10 +214,10 @@ def _ours(c, case, leaves, upstream, weight, options):
             c.extra: lambda: getattr(kernels, f"{c.extra}_attention")(*leaves[:3], *extra, **options),
             "ssa": lambda: kernels.ssa_attention(*leaves, c.spec, trunk=c.trunk, **options),
         }
-        got = {name: accuracy.results(call, leaves, upstream, weight) for name, call in calls.items()}
+        got = {name: masked.results(call, leaves, upstream, weight) for name, call in calls.items()}
         same = torch.ones((), dtype=torch.bool, device=blocks.device)
         if case.poison and case.seed % 16 < 2:
-            again = accuracy.results(calls["ssa"], leaves, upstream, weight)
+            again = masked.results(calls["ssa"], leaves, upstream, weight)
             for a, b in zip([*got["ssa"][0], *got["ssa"][1]], [*again[0], *again[1]], strict=True):
                 same &= ((a == b) | (a.isnan() & b.isnan())).all()
         return blocks, got, same

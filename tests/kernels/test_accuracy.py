@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import kernels
-from kernels import BlockSpec, accuracy, oracle
+from kernels import BlockSpec, accuracy, masked, oracle
 
 from .support import documents, inputs, outputs_and_gradients, places
 
@@ -28,21 +28,19 @@ def build(case):
     docs = documents(2, n, mean_length) if mean_length else None
     index = places(n, rows) if rows else None
     spec = BlockSpec(size, count)
-    masks = accuracy.Masks(*leaves[:2], spec, docs, index)
+    masks = masked.Masks(*leaves[:2], spec, docs, index)
     return leaves, upstream, spec, masks, {"doc_starts": docs, "query_index": index}
 
 
 @pytest.mark.parametrize(("case", "most"), [*((case, 10**9) for case in CASES), (CASES[2], 1), (CASES[3], 1)], ids=str)
 def test_the_truth_is_the_oracles(case, most, monkeypatch):
     """`most` 1: one query head at a time, as at lengths whose scores do not fit."""
-    monkeypatch.setattr(accuracy, "MOST", most)
+    monkeypatch.setattr(masked, "MOST", most)
     leaves, upstream, spec, masks, options = build(case)
     scale = 8**-0.5
     blocks = oracle.select_blocks(*(x.detach() for x in leaves[:2]), spec, scale, **options)
     names = ("full", "sparse", "ssa", "window", "compressed")
-    mine = accuracy.reference(
-        names, leaves, upstream, masks, blocks, scale, 3.0, torch.float64, trunk="sparse", width=9
-    )
+    mine = masked.reference(names, leaves, upstream, masks, blocks, scale, 3.0, torch.float64, trunk="sparse", width=9)
     options["scale"] = scale
     theirs = {
         "full": oracle.full_attention(*leaves[:3], **options),
@@ -76,7 +74,7 @@ def test_the_authors_selection_passes_and_the_exact_one_does_not_pass_for_it():
         ours, exact = (
             kernels.select_blocks(q, k, BlockSpec(topk=kind), doc_starts=doc) for kind in ("authors", "exact")
         )
-        masks = accuracy.Masks(q, k, BlockSpec(topk="authors"), doc, None)
+        masks = masked.Masks(q, k, BlockSpec(topk="authors"), doc, None)
         judged = accuracy.selection(ours, q, k, masks, 8**-0.5)
         assert (int(judged.malformed), float(judged.gap) <= 1.0) == (0, True)
         assert int(accuracy.selection(exact, q, k, masks, 8**-0.5).malformed) > 0
@@ -131,7 +129,7 @@ def test_attention_rounded_as_fused_kernels_round_is_attention():
     blocks = oracle.select_blocks(*(x.detach() for x in leaves[:2]), spec, 8**-0.5, **options)
     names = ("full", "sparse", "ssa", "window", "compressed")
     fixed = names, leaves, upstream, masks, blocks, 8**-0.5, 3.0
-    ways = accuracy.yardsticks(*fixed, dtype=torch.float64, trunk="full", width=9)
+    ways = masked.yardsticks(*fixed, dtype=torch.float64, trunk="full", width=9)
     for plain, fused in ways.values():
         for a, b in zip([*plain[0], *plain[1]], [*fused[0], *fused[1]], strict=True):
             torch.testing.assert_close(a, b, atol=2e-6, rtol=2e-6)  # the fused way computes in fp32
@@ -156,8 +154,8 @@ def test_the_worst_delta_that_rounding_allows_is_worse_than_a_rounded_one():
     leaves = [x.detach() * sharp for x, sharp in zip(leaves, (16.0, 1.0, 1.0, 1.0), strict=True)]  # nearly one-hot rows
     leaves = [x.bfloat16() for x in leaves]  # so that only the kernels' own roundings differ
     fixed = ("full",), leaves, upstream.bfloat16(), masks, blocks, 8**-0.5, 3.0
-    [_, fused, worst] = accuracy.yardsticks(*fixed, dtype=torch.bfloat16, ways=accuracy.WAYS)["full"]
-    truth = accuracy.reference(*fixed, torch.float64)["full"]
+    [_, fused, worst] = masked.yardsticks(*fixed, dtype=torch.bfloat16, ways=masked.WAYS)["full"]
+    truth = masked.reference(*fixed, torch.float64)["full"]
     assert torch.equal(fused[0][0], worst[0][0])
     assert torch.equal(fused[1][2], worst[1][2])
     for i in (0, 1):

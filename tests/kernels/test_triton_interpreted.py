@@ -17,7 +17,7 @@ else:
     import torch
 
     import kernels
-    from kernels import BlockSpec, accuracy, triton_sparse
+    from kernels import BlockSpec, accuracy, masked, triton_sparse
 
     from .support import assert_close, assert_same_selection, documents, inputs, outputs_and_gradients, places
 
@@ -128,11 +128,11 @@ else:
         def call():
             return kernels.ssa_attention(*leaves, spec, trunk="sparse", blocks=blocks, backend="triton")
 
-        got = {"ssa": accuracy.results(call, leaves, upstream.to(dtype), weight)}
-        masks = accuracy.Masks(*leaves[:2], spec, None, None)
+        got = {"ssa": masked.results(call, leaves, upstream.to(dtype), weight)}
+        masks = masked.Masks(*leaves[:2], spec, None, None)
         fixed = ("ssa",), leaves, upstream.to(dtype), masks, blocks, scale, weight
-        truth = accuracy.reference(*fixed, torch.float64, trunk="sparse", width=1)
-        own = accuracy.yardsticks(*fixed, dtype=dtype, trunk="sparse", width=1)
+        truth = masked.reference(*fixed, torch.float64, trunk="sparse", width=1)
+        own = masked.yardsticks(*fixed, dtype=dtype, trunk="sparse", width=1)
         found = accuracy.errors("ssa", got["ssa"], truth["ssa"], own["ssa"], dtype)
         failed = [verdict.text for verdict in accuracy.verdicts(found, 40.0) if verdict.failed]
         assert not failed, "\n".join(failed)

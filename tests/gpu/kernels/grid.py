@@ -6,7 +6,7 @@ Importable by the processes that compile its kernels before the tests begin (`co
 import torch
 
 import kernels
-from kernels import BlockSpec, accuracy
+from kernels import BlockSpec, accuracy, masked
 
 from ...kernels.support import documents, inputs, places
 
@@ -80,7 +80,7 @@ def run(leaves, upstream, spec, options, names, trunk="full"):
     blocks = kernels.select_blocks(*leaves[:2], spec, **options, backend="triton")
     weight = loss_weight(upstream)
     return blocks, {
-        name: accuracy.results(
+        name: masked.results(
             lambda name=name: call(name, leaves, spec, options, blocks, trunk), leaves, upstream, weight
         )
         for name in names
@@ -89,7 +89,7 @@ def run(leaves, upstream, spec, options, names, trunk="full"):
 
 def check_selection(blocks, leaves, spec, options) -> None:
     q, k = leaves[:2]
-    judged = accuracy.selection(blocks, q, k, accuracy.Masks(q, k, spec, *options.values()), q.shape[3] ** -0.5)
+    judged = accuracy.selection(blocks, q, k, masked.Masks(q, k, spec, *options.values()), q.shape[3] ** -0.5)
     assert int(judged.malformed) == 0
     assert float(judged.gap) <= 1.0, f"a block {float(judged.gap):.1f} ties worse than one left out"
 

@@ -7,7 +7,7 @@ fp32; selections equal to fp64's except where scores tie. Outputs start as NaN.
 import pytest
 import torch
 
-from kernels import accuracy
+from kernels import accuracy, masked
 
 from .grid import CASES, GRID, WIDTH, build, check_selection, loss_weight, run, streams
 
@@ -17,12 +17,12 @@ pytestmark = pytest.mark.gpu
 def check(leaves, upstream, spec, options, names, trunk="full", logit=0.0):
     blocks, got = run(leaves, upstream, spec, options, names, trunk)
     scale, dtype = leaves[0].shape[3] ** -0.5, leaves[0].dtype
-    masks = accuracy.Masks(*leaves[:2], spec, *options.values())
+    masks = masked.Masks(*leaves[:2], spec, *options.values())
     check_selection(blocks, leaves, spec, options)
     fixed = names, leaves, upstream, masks, blocks, scale, loss_weight(upstream)
     kinds = {"trunk": trunk, "width": WIDTH}
-    truth = accuracy.reference(*fixed, torch.float64, **kinds)
-    own = accuracy.yardsticks(*fixed, dtype=dtype, **kinds)
+    truth = masked.reference(*fixed, torch.float64, **kinds)
+    own = masked.yardsticks(*fixed, dtype=dtype, **kinds)
     found = [e for name in names for e in accuracy.errors(name, got[name], truth[name], own[name], dtype)]
     failed = [v.text for v in accuracy.verdicts(found, logit) if v.failed]
     assert not failed, "\n".join(failed)

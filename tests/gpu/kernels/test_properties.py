@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import kernels
-from kernels import BlockSpec, accuracy, triton_gate
+from kernels import BlockSpec, accuracy, masked, triton_gate
 
 from ...kernels.support import documents, relative_error
 from .grid import CASES, build, call, check_selection, loss_weight, run
@@ -35,7 +35,7 @@ def everything(leaves, upstream, spec, docs):
     options = {"doc_starts": docs, "query_index": None}
     blocks, got = run(leaves, upstream, spec, options, ("full", "sparse", "window", "compressed"))
     for trunk in ("full", "sparse"):
-        got[trunk + " ssa"] = accuracy.results(
+        got[trunk + " ssa"] = masked.results(
             lambda trunk=trunk: call("ssa", leaves, spec, options, blocks, trunk), leaves, upstream, 0.0
         )
     kept = [[outputs[0], *(gradients if docs is not None else gradients[::3])] for outputs, gradients in got.values()]
@@ -150,18 +150,18 @@ def test_more_than_two_to_the_31_elements():
     )
     part = [q[-1:, rows], k[-1:], v[-1:], gate[-1:, rows]]
     part = [x.detach() for x in part]
-    masks = accuracy.Masks(*part[:2], spec, docs[-1:], rows.int())
+    masks = masked.Masks(*part[:2], spec, docs[-1:], rows.int())
     check_selection(blocks[-1:, rows], part, spec, {"doc_starts": docs[-1:], "query_index": rows.int()})
     fixed = part, upstream[-1:, rows], masks, blocks[-1:, rows], dim**-0.5, weight
     options, found = {"doc_starts": docs, "query_index": None}, []
     for name in ("sparse", "ssa"):
-        outputs, grads = accuracy.results(
+        outputs, grads = masked.results(
             lambda name=name: call(name, leaves, spec, options, blocks), leaves, upstream, weight
         )
         mine = [outputs[0][-1:, rows]], [x[-1:, -tail:] if i in (1, 2) else x[-1:, rows] for i, x in enumerate(grads)]
         del outputs, grads
-        right = accuracy.reference((name,), *fixed, torch.float64, count=q.numel())[name]
-        theirs = accuracy.yardsticks((name,), *fixed, dtype=torch.bfloat16, count=q.numel())[name]
+        right = masked.reference((name,), *fixed, torch.float64, count=q.numel())[name]
+        theirs = masked.yardsticks((name,), *fixed, dtype=torch.bfloat16, count=q.numel())[name]
         right, *theirs = [
             (o[:1], [x[:, -tail:] if i in (1, 2) else x for i, x in enumerate(g)]) for o, g in (right, *theirs)
         ]
