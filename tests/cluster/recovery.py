@@ -1,9 +1,11 @@
 """How long a run stands still: from SIGKILL to a rank until the next optimizer step of the restarted run, two CPU ranks.
 
 python -m tests.cluster.recovery [KILLS]: each kill and the median, as JSON; imports, restore and repeated steps included.
+The first start's time to its first step stands beside it: on a machine that others keep busy, both grow alike.
 """
 
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -19,8 +21,10 @@ from tests import launch
 OVERRIDES = ("train.steps=100000", "checkpoint.interval=5", "train.eval_interval=0", "logging.tensorboard=false")
 
 
-def measure(folder: Path, kills: int) -> list[dict]:
-    """One dict a kill: seconds to the restarted run's first step, and to the first step the killed one had not done."""
+def measure(folder: Path, kills: int) -> dict:
+    """`cold`: seconds from the launch to its first step. `kills`: a dict each: seconds to the restarted run's first step
+    (`next_step`), and to the first step that the killed one had not done (`new_step`).
+    """
     import pipelines
 
     tokenizer = pipelines.train_tokenizer("package:king-james", folder / "tokenizer.model", vocab_size=2048)
@@ -29,9 +33,12 @@ def measure(folder: Path, kills: int) -> list[dict]:
     command = [sys.executable, "-m", "cluster.launch", "--nproc-per-node", "2", "train", "demo", *OVERRIDES]
     command += [f"data.path={folder / 'data'}", "--run-folder", str(run)]
     log = (folder / "log").open("w")
+    began = time.monotonic()
     process = subprocess.Popen(command, cwd=launch.ROOT, env=launch.environment(), stdout=log, stderr=log)
     found = []
     try:
+        _wait(run, lambda steps: steps, process)
+        cold = round(time.monotonic() - began, 2)
         for number in range(kills):
             reached = _wait(run, lambda steps, n=number: steps and steps[-1] % 5 == 2 and steps[-1] > 5 * n, process)
             ranks = [p for p in psutil.Process(process.pid).children() if p.is_running()]
@@ -46,7 +53,7 @@ def measure(folder: Path, kills: int) -> list[dict]:
     finally:
         launch.kill(process)
         log.close()
-    return found
+    return {"cold": cold, "kills": found, "median_next_step": statistics.median(k["next_step"] for k in found)}
 
 
 def _wait(run: Path, condition, process: subprocess.Popen, timeout: float = 180) -> list[int]:
@@ -63,5 +70,5 @@ def _wait(run: Path, condition, process: subprocess.Popen, timeout: float = 180)
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as place:
-        each = measure(Path(place), int(sys.argv[1]) if len(sys.argv) > 1 else 5)
-    print(json.dumps({"kills": each, "median_next_step": statistics.median(kill["next_step"] for kill in each)}))
+        found = measure(Path(place), int(sys.argv[1]) if len(sys.argv) > 1 else 5)
+    print(json.dumps({**found, "cores": os.cpu_count(), "load": os.getloadavg()[0]}))

@@ -26,6 +26,8 @@ def last_step(path):
     return json.loads(lines[-1])["step"] if lines else 0
 
 def watch(path):
+    while last_step(path) == 3:  # left by the one before
+        time.sleep(0.01)
     while last_step(path) != 3:
         time.sleep(0.002)
     os.kill(os.getpid(), signal.SIGKILL)
