@@ -128,7 +128,7 @@ def test_a_batch_that_always_kills_stops_the_launch_and_is_named(dataset, tmp_pa
     process = start("train", str(recipe), "--run-folder", str(run), **environment)
     said = finish(process, 800)
     assert process.returncode == 6, said[-4000:]
-    assert said.count("restarting from the last committed checkpoint") == 4
+    assert said.count("restarting from the last committed checkpoint") == 5  # one from step 0, then four from step 2
     assert "the batch of step 4 (rows 12..15 of the stream)" in said
     assert f"ssa data ledger {run} 4" in said
     assert Path(run / "checkpoints" / "latest").read_text().strip() == "step-00000002"
