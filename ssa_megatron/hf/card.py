@@ -75,9 +75,9 @@ exported by SSA-Megatron: {KINDS[c.attention_kind]}. It continues text; it was n
 | perplexity | {_perplexity(evaluated, "sparse" if c.attention_kind in ("moba", "nsa") else "full")} |
 | weights | sha256 `{parity["weights_sha256"]}` |
 
-`parity.json` records the proof made at export: every weight read back and compared bit for bit with the checkpoint, and on
-{parity["forward"]["tokens"]} tokens the logits of these layers and of the trainer's, fp64: at most
-{max(parity["forward"]["trainer_minus_export"].values()):.1e} apart in both modes.
+`parity.json` records the proof made at export: every weight read back and compared bit for bit with the checkpoint, and each
+layer against the trainer's on {parity["forward"]["tokens"]} tokens in both modes, fp64: at most
+{max(parity["forward"]["trainer_minus_export"].values()):.1e} of its size apart.
 
 ## Use
 Needs torch and transformers (4.57 or 5.x) only.

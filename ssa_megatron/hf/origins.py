@@ -154,19 +154,28 @@ def _entry(folder: HubFolder, name: str):
     return folder.config[name]
 
 
+def _count(folder: HubFolder, name: str) -> int:
+    value = _entry(folder, name)
+    if not isinstance(value, int) or value < 1:
+        raise CheckpointError(f"{folder.path}: config.json has {name}={value!r}", remedy="copy config.json again")
+    return value
+
+
 def _model(folder: HubFolder, *, eps: float, theta: float, tied: bool) -> dict:
     """The recipe's model section. eps, theta, tied: what the architecture's class takes where config.json is silent."""
-    c, heads = folder.config, _entry(folder, "num_attention_heads")
-    rope = dict(c.get("rope_parameters") or c.get("rope_scaling") or {})
+    c, heads = folder.config, _count(folder, "num_attention_heads")
+    rope = c.get("rope_parameters") or c.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise CheckpointError(f"{folder.path}: rope_scaling={rope!r} is no object", remedy="copy config.json again")
     return {
-        "vocab_size": _entry(folder, "vocab_size"),
-        "hidden_size": _entry(folder, "hidden_size"),
-        "num_layers": _entry(folder, "num_hidden_layers"),
+        "vocab_size": _count(folder, "vocab_size"),
+        "hidden_size": _count(folder, "hidden_size"),
+        "num_layers": _count(folder, "num_hidden_layers"),
         "num_heads": heads,
         "num_kv_heads": c.get("num_key_value_heads") or heads,
-        "head_dim": c.get("head_dim") or _entry(folder, "hidden_size") // heads,
-        "ffn_size": _entry(folder, "intermediate_size"),
-        "max_sequence_length": _entry(folder, "max_position_embeddings"),
+        "head_dim": c.get("head_dim") or _count(folder, "hidden_size") // heads,
+        "ffn_size": _count(folder, "intermediate_size"),
+        "max_sequence_length": _count(folder, "max_position_embeddings"),
         "rope_theta": rope.get("rope_theta") or c.get("rope_theta") or theta,
         "rope_scaling": _scaling(folder, rope),
         "norm_eps": c.get("rms_norm_eps", eps),

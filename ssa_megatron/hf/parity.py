@@ -1,12 +1,14 @@
 """The proof an export must pass: files against checkpoint bit for bit, exported layers against the trainer's in fp64.
 
-Layer by layer, one in memory at a time: the exported class computes with what the written files hold, and the trainer's own
-attention (`kernels`) with what the checkpoint holds, on one short sequence in both inference modes. In fp64, because there two
-correct implementations select the same blocks. Any difference is a CheckpointError, and no folder is left.
+Layer by layer, one in memory at a time: the exported layer computes with what the written files hold, and the trainer's own
+attention (`kernels`) with what the checkpoint holds, on the same input and in both inference modes. In fp64, where rounding
+chooses no block; tokens whose choice is a tie are left out and counted. Any difference is a
+CheckpointError, and no folder is left.
 """
 
 import copy
 import hashlib
+import math
 from pathlib import Path
 
 import torch
@@ -23,8 +25,9 @@ from ssa_megatron.hf.modeling_ssa import rotary_table as exported_table
 from ssa_megatron.model.rope import rotary_table as trainer_table
 
 BLOCKS = 5  # of the sequence: four whole ones and a token of the next
-RUNS = {"full": ("full", BLOCKS), "sparse": ("sparse", 2), "sparse, all blocks": ("sparse", BLOCKS)}
-TOLERANCE = 1e-9  # of the largest hidden value
+CHOSEN = 2  # blocks a token in sparse mode
+TOLERANCE = 1e-9  # of the largest value of the layer's output
+TIE = 1e-6  # of the score: `kernels` ranks scores as fp32 numbers
 VOCABULARY_CHUNK = 16384
 
 
@@ -35,11 +38,12 @@ def prove(checkpoint, path: Path, config: SSAConfig, dtype: torch.dtype | None) 
     config.topk = "exact"  # on so few blocks the authors' rule is the same
     files = _Files(checkpoint, HubFolder(path), dtype)
     tokens = torch.arange(4 * config.block_size + 1)[None] % config.vocab_size
+    position = torch.arange(tokens.shape[1])[None]
     tables = _tables(config, tokens.shape[1])
     embedding, _ = files.pair("model.embed_tokens.weight")
-    start = embedding[tokens].double()
+    x = dict.fromkeys(("full", "sparse"), embedding[tokens].double())
     del embedding
-    ours, trainers = ({name: start for name in RUNS} for _ in range(2))
+    apart, ties, all_blocks = {"full": 0.0, "sparse": 0.0}, 0, 0.0
     for i in range(config.num_hidden_layers):
         with torch.device("meta"):
             layer = SSADecoderLayer(config, i).eval()
@@ -47,42 +51,61 @@ def prove(checkpoint, path: Path, config: SSAConfig, dtype: torch.dtype | None) 
         layer.load_state_dict({name: got.double() for name, (_, got) in pairs.items()}, assign=True)
         weights = {name: wanted.double() for name, (wanted, _) in pairs.items()}
         del pairs
-        position = torch.arange(tokens.shape[1])[None]
-        for name, (mode, count) in RUNS.items():
-            ours[name], _ = layer(ours[name], position, tables["exported"], None, None, mode, count, False)
-            trainers[name] = _trainer_layer(weights, trainers[name], tables["trainer"], config, mode, count)
+
+        def exported(mode, count, source, layer=layer):
+            return layer(source, position, tables["exported"], None, None, mode, count, False)[0]
+
+        for mode, count in (("full", BLOCKS), ("sparse", CHOSEN)):
+            wanted, tied = _trainer_layer(weights, x[mode], tables["trainer"], config, mode, count)
+            got = exported(mode, count, x[mode])
+            if mode == "full":
+                all_blocks = _worst(all_blocks, exported("sparse", BLOCKS, x[mode]) - got, got)
+            apart[mode] = _worst(apart[mode], (got - wanted)[~tied], wanted)
+            ties += int(tied.sum())
+            x[mode] = wanted
     norm, _ = files.pair("model.norm.weight")
-    ours, trainers = ({k: _norm(x, norm.double(), config) for k, x in runs.items()} for runs in (ours, trainers))
-    head = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
-    logits = _Logits(files.pair(head)[1], ours, trainers)
+    x = {mode: _norm(hidden, norm.double(), config) for mode, hidden in x.items()}
+    head = files.pair("model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight")[1]
+    logits_max, modes_apart = 0.0, 0.0
+    for rows in head.split(VOCABULARY_CHUNK):  # the logits of the whole vocabulary in fp64 are large, and not kept
+        full, sparse = (x[mode] @ rows.double().T for mode in ("full", "sparse"))
+        logits_max, modes_apart = _worst(logits_max, full), _worst(modes_apart, full - sparse)
     report = {
         "tokens": tokens.shape[1],
-        "logits_max_abs": logits.largest,
-        "trainer_minus_export": logits.apart,
+        "trainer_minus_export": apart,
+        "ties_left_out": ties,
         "rotary_table_minus_trainers": tables["apart"],
-        "full_minus_sparse_all_blocks": logits.between["sparse, all blocks"],
-        "full_minus_sparse_2_blocks": logits.between["sparse"],
+        "full_minus_sparse_all_blocks": all_blocks,
+        "logits_max_abs": logits_max,
+        "logits_full_minus_sparse_2_blocks": modes_apart,
     }
     _judge(report)
     return {**files.report(), "forward": report}
 
 
 def _judge(report: dict) -> None:
-    if not torch.tensor(report["logits_max_abs"]).isfinite():
+    if not math.isfinite(report["logits_max_abs"]):
         raise CheckpointError("the exported model's logits are not finite", remedy="export an earlier step")
-    limit = TOLERANCE * max(1.0, report["logits_max_abs"])
-    for name, apart in report["trainer_minus_export"].items():
-        if not apart <= limit:
+    for mode, apart in report["trainer_minus_export"].items():
+        if not apart <= TOLERANCE:
             raise CheckpointError(
-                f"logits of the exported class differ from the trainer's by {apart:.3g} in mode {name} (fp64)",
+                f"a layer of the exported class is {apart:.3g} of its size off the trainer's in {mode} mode (fp64)",
                 remedy="modeling_ssa.py was changed, or the recipe is one this release computes differently",
             )
     if not report["rotary_table_minus_trainers"] <= 1e-5:
         raise CheckpointError("the exported rotary table is not the trainer's", remedy="modeling_ssa.py was changed")
-    if not report["full_minus_sparse_all_blocks"] <= limit:
+    if not report["full_minus_sparse_all_blocks"] <= TOLERANCE:
         raise CheckpointError(
             "sparse attention to every block is not full attention", remedy="modeling_ssa.py was changed"
         )
+
+
+def _worst(so_far: float, x: Tensor, size: Tensor | None = None) -> float:
+    """The larger of `so_far` and max |x|, as a share of max |size| if there is one; a NaN stays."""
+    if x.numel() == 0:
+        return so_far
+    share = x.abs().max() / (1.0 if size is None else size.abs().max().clamp(min=1e-30))
+    return torch.maximum(torch.tensor(so_far, dtype=x.dtype), share).item()
 
 
 class _Files:
@@ -120,25 +143,6 @@ class _Files:
         }
 
 
-class _Logits:
-    """What the output layer makes of the hidden states, a part of the vocabulary at a time: only the extremes are kept."""
-
-    def __init__(self, head: Tensor, ours: dict[str, Tensor], trainers: dict[str, Tensor]):
-        self.largest, self.apart = 0.0, dict.fromkeys(RUNS, 0.0)
-        self.between = dict.fromkeys(RUNS, 0.0)
-        for rows in head.split(VOCABULARY_CHUNK):
-            wide = rows.double().T
-            logits = {name: x @ wide for name, x in ours.items()}
-            for name, own in logits.items():
-                self.largest = _most(self.largest, own)
-                self.apart[name] = _most(self.apart[name], own - trainers[name] @ wide)
-                self.between[name] = _most(self.between[name], own - logits["full"])
-
-
-def _most(so_far: float, x: Tensor) -> float:
-    return torch.maximum(torch.tensor(so_far, dtype=x.dtype), x.abs().max()).item()  # a NaN stays
-
-
 def _tables(config: SSAConfig, tokens: int) -> dict:
     """The trainer's rotary table in both layouts, so that fp64 layers are compared on equal angles, and how far ours is off."""
     rope = config.rope_parameters
@@ -155,8 +159,11 @@ def _tables(config: SSAConfig, tokens: int) -> dict:
 
 
 # ------------------------------------------------------------------------------------ the trainer's layer, one document
-def _trainer_layer(w: dict[str, Tensor], x: Tensor, table, config: SSAConfig, mode: str, count: int) -> Tensor:
-    """x [1, N, hidden]; the equations of model/attention.py, with the functions it calls."""
+def _trainer_layer(w: dict[str, Tensor], x: Tensor, table, config: SSAConfig, mode: str, count: int):
+    """x [1, N, hidden] -> the same, and bool [1, N]: tokens whose choice of blocks is a tie.
+
+    The equations of model/attention.py, with the functions it calls.
+    """
     batch, tokens, _ = x.shape
     y = _norm(x, w["input_layernorm.weight"], config)
     q, k, v = (
@@ -164,7 +171,7 @@ def _trainer_layer(w: dict[str, Tensor], x: Tensor, table, config: SSAConfig, mo
     )
     gate = torch.sigmoid(y @ w["self_attn.g_proj.weight"].T).view(batch, tokens, -1, config.gates)
     q, k = (_rotated(x, table) for x in (q, k))
-    spec = kernels.BlockSpec(config.block_size, count)
+    spec, tied = kernels.BlockSpec(config.block_size, count), _ties(q, k, config, count)
     if config.attention_kind == "nsa":
         selected = gate[..., 1:2] * kernels.sparse_attention(q, k, v, spec)
         compressed = gate[..., :1] * kernels.compressed_attention(q, k, v, spec)
@@ -176,7 +183,22 @@ def _trainer_layer(w: dict[str, Tensor], x: Tensor, table, config: SSAConfig, mo
     x = x + output.flatten(2) @ w["self_attn.o_proj.weight"].T
     y = _norm(x, w["post_attention_layernorm.weight"], config)
     gated = F.silu(y @ w["mlp.gate_proj.weight"].T) * (y @ w["mlp.up_proj.weight"].T)
-    return x + gated @ w["mlp.down_proj.weight"].T
+    return x + gated @ w["mlp.down_proj.weight"].T, tied if mode == "sparse" else torch.zeros_like(tied)
+
+
+def _ties(q: Tensor, k: Tensor, config: SSAConfig, count: int) -> Tensor:
+    """bool [1, N]: for some group, the last block chosen and the first not chosen have the same score (method.md, step 4)."""
+    tokens, groups = q.shape[1], k.shape[2]
+    index, own = torch.arange(tokens // config.block_size), torch.arange(tokens)[:, None] // config.block_size
+    pooled = k[:, : len(index) * config.block_size].unflatten(1, (len(index), -1)).mean(2)
+    score = torch.einsum("bngid,bjgd->bngij", q.unflatten(2, (groups, -1)), pooled) * config.head_dim**-0.5
+    complete = (index + 1) * config.block_size <= torch.arange(tokens)[:, None] + 1
+    score = score.masked_fill(~complete[None, :, None, None], -torch.inf).softmax(-1).sum(3)  # [1, N, groups, M]
+    ranked = score.masked_fill(~(index < own)[None, :, None], -torch.inf).sort(-1, descending=True).values
+    if count > ranked.shape[-1]:
+        return torch.zeros(1, tokens, dtype=torch.bool)
+    last, next_one = ranked[..., count - 2], ranked[..., count - 1]
+    return (last - next_one < TIE * last).any(-1)
 
 
 def _norm(x: Tensor, weight: Tensor, config: SSAConfig) -> Tensor:

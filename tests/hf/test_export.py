@@ -20,6 +20,7 @@ from ssa_megatron.hf.export import config_of, expected_shapes, export, open_weig
 from ssa_megatron.hf.importing import import_folder
 from ssa_megatron.hf.modeling_ssa import SSAForCausalLM
 from ssa_megatron.model.shapes import global_shapes
+from tests.launch import run as launch
 from tests.oracle import model as oracle
 
 from .conftest import corpus, oracle_config, tiny_recipe, write_run
@@ -68,8 +69,9 @@ def test_parity_report_names_every_file_with_its_sha256(folder):
     assert parity["step"] == 9
     forward = parity["forward"]
     assert forward["full_minus_sparse_all_blocks"] == 0
-    assert forward["full_minus_sparse_2_blocks"] > 1e-3
+    assert forward["logits_full_minus_sparse_2_blocks"] > 1e-3
     assert 0 < max(forward["trainer_minus_export"].values()) < 1e-9 < forward["logits_max_abs"]
+    assert forward["ties_left_out"] == 0
     files = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
     files.pop("parity.json")
     assert parity["files"] == files
@@ -240,10 +242,17 @@ def test_a_class_that_computes_something_else_stops_the_export(tmp_path, tokeniz
     for name, mistake in mistakes.items():
         with monkeypatch.context() as patch:
             patch.setattr(modeling_ssa, name, mistake)
-            assert_refused(
-                CheckpointError, "of the exported class differ|sparse attention to every", run, tmp_path / "out"
-            )
+            assert_refused(CheckpointError, "of the exported class is|sparse attention to every", run, tmp_path / "out")
     export(run, tmp_path / "out")
+
+
+def test_blocks_with_equal_scores_do_not_stop_the_export(tmp_path, tokenizer, weights):
+    """Heads whose queries are almost nothing: which block is first is a matter of rounding, in fp64 too."""
+    dead = {name: weight * 1e-9 if "q_proj" in name else weight for name, weight in weights.items()}
+    out = export(write_run(tmp_path / "run", tiny_recipe(), dead, tokenizer), tmp_path / "out")
+    forward = json.loads((out / "parity.json").read_text())["forward"]
+    assert forward["ties_left_out"] > 20
+    assert max(forward["trainer_minus_export"].values()) < 1e-9
 
 
 def test_the_card_shows_the_trainers_perplexity_in_both_modes_and_the_datas_fingerprint(tmp_path, run):
@@ -308,3 +317,13 @@ def test_class_loaded_from_the_package_and_from_the_folder_agree(folder):
     tokens = torch.arange(60)[None]
     with torch.no_grad():
         assert torch.equal(own(tokens).logits, load(folder)(tokens).logits)
+
+
+@pytest.mark.slow
+def test_neither_export_nor_import_holds_the_model_twice(tmp_path):
+    """One shard while writing (here the whole model, as any under 5 GB), one layer while proving."""
+    launch(1, "tests.workers.export_memory", str(tmp_path), str(tmp_path / "memory.json"), timeout=240)
+    found = json.loads((tmp_path / "memory.json").read_text())
+    assert found["weights"] > 150e6
+    assert found["export"] < 1.3 * found["weights"]
+    assert found["import"] < 1.3 * found["weights"]

@@ -247,7 +247,10 @@ def edit_config(path, **changes):
         ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}, "rope_parameters": None}, "rope_type 'yarn'"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 2.0}, "rope_parameters": None}, "no low_freq_factor"),
+        ({"rope_scaling": [2.0], "rope_parameters": None}, "rope_scaling=.* is no object"),
         ({"hidden_size": ...}, "no hidden_size"),
+        ({"hidden_size": "32"}, "has hidden_size='32'"),
+        ({"num_attention_heads": 0}, "has num_attention_heads=0"),
         ({"intermediate_size": 50}, r"has shape \(48, 32\), config.json's sizes make it \(50, 32\)"),
         ({"num_hidden_layers": 3}, "model.layers.2.input_layernorm.weight is missing"),
         ({"num_hidden_layers": 1}, "model.layers.1.* has no place"),
@@ -278,6 +281,23 @@ def test_missing_and_damaged_files_are_named(tmp_path, folder):
     (broken / "config.json").unlink()
     assert_refused(CheckpointError, "config.json is missing", broken, tmp_path)
     assert_refused(CheckpointError, "no such folder", tmp_path / "nowhere", tmp_path)
+
+
+def test_the_command_ends_with_one_line_the_remedy_and_the_exit_code(tmp_path, folder, capsys, monkeypatch):
+    from ssa_megatron import cli
+
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "config.json").write_text('{"model_type": "llama"}')
+    for source, code, said in (
+        (tmp_path / "hf", 4, "model.safetensors is missing\n  remedy: copy the missing file"),
+        (folder, 0, "ssa train"),
+    ):
+        monkeypatch.setattr("sys.argv", ["ssa", "import", str(source), str(tmp_path / "made" / "run")])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        shown = capsys.readouterr()
+        assert ended.value.code == code
+        assert said in shown.out + shown.err
 
 
 def test_quantised_and_pickled_weights_are_refused(tmp_path, folder):
