@@ -139,12 +139,23 @@ def _health(label: str, found: dict[str, str]) -> list[Finding]:
     if uncorrected.isdecimal():
         if int(uncorrected):
             findings.append(
-                Finding(label, "FAIL", f"{uncorrected} uncorrected ECC errors since boot", "reset or replace it")
+                Finding(
+                    label,
+                    "FAIL",
+                    f"{uncorrected} uncorrected ECC errors since the driver was loaded",
+                    "reset or replace it",
+                )
             )
         elif int(corrected) > 1000:
-            findings.append(Finding(label, "WARN", f"{corrected} corrected ECC errors since boot", "watch this GPU"))
+            findings.append(
+                Finding(
+                    label, "WARN", f"{corrected} corrected ECC errors since the driver was loaded", "watch this GPU"
+                )
+            )
         else:
-            findings.append(Finding(label, "OK", f"ECC errors since boot: 0 uncorrected, {corrected} corrected"))
+            findings.append(
+                Finding(label, "OK", f"ECC errors since the driver was loaded: 0 uncorrected, {corrected} corrected")
+            )
     width, widest = found["pcie.link.width.current"], found["pcie.link.width.max"]
     if width.isdecimal() and widest.isdecimal() and int(width) < int(widest):
         findings.append(Finding(label, "WARN", f"PCIe x{width} of x{widest}", "reseat the card, or drain the node"))
