@@ -10,6 +10,7 @@ import pytest
 
 from ssa_megatron.train.beats import read
 from ssa_megatron.train.metrics import read_metrics
+from ssa_megatron.train.restarts import read_starts
 from tests.faults.signals import ranks_of, wait_for
 from tests.launch import kill, start
 from tests.ssa_megatron.conftest import corpus, dataset, tokenizer  # noqa: F401 (fixtures)
@@ -73,3 +74,24 @@ def test_a_rank_that_waits_for_data_for_ever_is_named_and_all_stacks_are_left(tm
     assert [exit_code(run, rank) for rank in (0, 1)] == [8, 8]
     assert "in draw_batches" in (run / "logs" / "stacks-rank-00001.txt").read_text()
     assert "in sum" in (run / "logs" / "stacks-rank-00000.txt").read_text()
+
+
+@pytest.mark.slow
+def test_after_a_hang_the_launcher_starts_again_from_the_last_checkpoint_and_the_run_ends_well(tmp_path, dataset):  # noqa: F811
+    recipe = recipe_file(tmp_path, dataset, train__steps=400, checkpoint__interval=2, watchdog__silence=7.0)
+    run = tmp_path / "run"
+    launcher = ["cluster.launch", "--nproc-per-node", "2", "train", str(recipe), "--run-folder", str(run)]
+    job = start(1, *launcher)
+    try:
+        metrics = run / "metrics.jsonl"
+        wait_for(lambda: metrics.exists() and len(read_metrics(metrics)) >= 5, job)
+        os.kill(ranks_of(job)[1].pid, signal.SIGSTOP)
+        output, _ = job.communicate(timeout=200)
+    finally:
+        kill(job)
+    assert job.returncode == 0, output[-4000:]
+    assert "exit code 8; restarting from the last committed checkpoint" in output
+    died, finished = read_starts(run)
+    assert (died.ended, finished.ended) == (None, "done")
+    assert finished.step >= 2
+    assert [line["step"] for line in read_metrics(metrics)] == list(range(1, 401))
