@@ -12,6 +12,7 @@ import pytest
 from cluster.launch import parse
 from ssa_megatron.checkpoint.reader import Checkpoint
 from ssa_megatron.train.metrics import read_metrics
+from ssa_megatron.train.restarts import read_starts
 from tests import launch
 from tests.ssa_megatron.conftest import corpus, dataset, tokenizer  # noqa: F401 (fixtures)
 from tests.ssa_megatron.support import recipe_file
@@ -114,6 +115,9 @@ def test_a_signal_to_the_launcher_is_a_committed_checkpoint_and_exit_code_75(dat
         said = finish(process, 90)
     assert process.returncode == 75, said
     assert Checkpoint.open(run).content.step == read_metrics(run / "metrics.jsonl")[-1]["step"]
+    [begun] = read_starts(run)
+    assert (begun.step, begun.world, begun.reached) == (0, 2, Checkpoint.open(run).content.step)
+    assert begun.ended.startswith("stopped by SIG")
     assert len(family) == 2
     assert not [member for member in family if member.is_running()]
 

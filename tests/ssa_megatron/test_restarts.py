@@ -65,14 +65,12 @@ def test_a_torn_line_is_left_out_and_the_next_one_is_whole(tmp_path):
     assert [(start.step, start.reached) for start in read_starts(tmp_path)] == [(0, 1), (1, 2)]
 
 
-def test_a_real_run_accounts_for_its_starts(dataset, tmp_path):
-    run = tmp_path / "run"
-    recipe = str(recipe_file(tmp_path, dataset))
-    launch.run(1, "ssa_megatron", "train", recipe, "--run-folder", str(run))
-    [start] = read_starts(run)
-    assert (start.step, start.world, start.reached, start.ended) == (0, 1, 3, "done")
+def test_the_command_refuses_before_it_loads_anything(tmp_path):
     for _ in range(restarts.RESTARTS + 1):
-        die(run, start=3, reached=3)
-    refused = launch.run(1, "ssa_megatron", "train", recipe, "--run-folder", str(run), expect=6)
+        die(tmp_path, start=3, reached=3)
+    refused = launch.run(
+        1, "ssa_megatron", "train", str(recipe_file(tmp_path, None)), "--run-folder", str(tmp_path), expect=6
+    )
     assert "the batch of step 4 (rows 12..15 of the stream)" in refused
     assert "remedy: " in refused
+    assert "loading libraries" not in refused
