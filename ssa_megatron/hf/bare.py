@@ -8,7 +8,7 @@ unexpected weights is a ValueError: transformers alone would fill them with rand
 import math
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, __version__, pipeline
+from transformers import AutoModelForCausalLM, AutoTokenizer, __version__
 
 LOGIT_ROWS = 2048
 """Tokens whose fp32 logits exist at once: those of a long document would be the largest tensor of the run."""
@@ -118,6 +118,8 @@ def run_job(job):
     for request in job.get("generate", []):
         answer["generated"].append({**request, "texts": generate_texts(model, tokenizer, **request)})
     if "pipeline" in job:
+        from transformers import pipeline  # here: it imports every pipeline there is
+
         maker = pipeline("text-generation", model=job["folder"], trust_remote_code=True)
         made = maker(job["pipeline"], max_new_tokens=8, do_sample=False, batch_size=2)
         answer["pipeline"] = [texts[0]["generated_text"] for texts in made]

@@ -139,3 +139,8 @@ class SSAConfig(PretrainedConfig):
     def rope_scaling(self):
         """How positions are scaled for contexts longer than trained on, or None."""
         return None if self.rope_parameters["rope_type"] == "default" else dict(self.rope_parameters)
+
+    @rope_scaling.setter
+    def rope_scaling(self, value):
+        """What `from_pretrained(folder, rope_scaling={...})` does: the base stays, the scaling is replaced."""
+        self.rope_parameters = checked_rope(value or {}, self.rope_theta)

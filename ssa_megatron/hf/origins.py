@@ -95,8 +95,9 @@ def _stored(folder: HubFolder, name: str, shape: tuple[int, ...], kind: str = ""
 def _llama_weight(folder: HubFolder, name: str, shape: tuple[int, ...], kind: str) -> Tensor:
     """Gate weights of zero make every gate sigmoid(0) = 1/2 exactly, whatever comes in; the doubled projection undoes that.
 
-    Both are powers of two, so nothing is rounded: the first forward is the original's. The gates learn at once: their gradient is the
-    attention's output, not the gate's weight. Values stay as they are, hence so do routing, caches and sparsity figures.
+    Both are powers of two, so nothing is rounded: the first forward is the original's. The gates learn at once: their
+    gradient is the attention's output, not the gate's weight. Values stay as they are, hence so do routing, caches and
+    sparsity figures.
     """
     if name.endswith(GATE):
         return torch.zeros(shape, dtype=getattr(torch, folder.dtypes["model.embed_tokens.weight"]))

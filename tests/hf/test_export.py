@@ -127,6 +127,21 @@ def test_save_pretrained_of_a_loaded_folder_loads_again_with_its_code(tmp_path, 
         assert torch.equal(again(tokens).logits, model(tokens).logits)
 
 
+def test_context_mode_and_budget_can_be_chosen_at_load(folder):
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
+    changed = {"rope_scaling": yarn, "inference_mode": "sparse", "block_count": 2}
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype="auto", **changed).eval()
+    plain, tokens = load(folder), torch.arange(90)[None]
+    assert model.config.rope_parameters["rope_theta"] == plain.config.rope_parameters["rope_theta"]
+    with torch.no_grad():
+        got, want = model(tokens).logits, plain(tokens, inference_mode="sparse", block_count=2).logits
+        assert (got - want).abs().max() > 1e-3
+        plain.config.rope_scaling = yarn
+        assert torch.equal(got, plain(tokens, inference_mode="sparse", block_count=2).logits)
+    with pytest.raises(ValueError, match="rope_type='dynamic'"):
+        plain.config.rope_scaling = {"rope_type": "dynamic", "factor": 2.0}
+
+
 def test_step_chooses_the_checkpoint_and_an_unknown_one_is_named(tmp_path, tokenizer, weights):
     run = tmp_path / "run"
     write_run(run, tiny_recipe(), weights, tokenizer, step=4)
