@@ -22,8 +22,8 @@ from cluster.peers import BEAT, Lost, WatchedRendezvous
 
 ECHO = 5.0  # seconds in which a second signal is the first one heard twice: srun, scancel and a terminal signal whole groups
 TIDY = 10.0  # seconds between the first rank's orderly end and SIGKILL to those that have not ended
-ATTEMPTS = 5  # to meet
 CRASH = 2.0  # the same after a crash: the others wait in a collective for a rank that will never come
+ATTEMPTS = 5  # to meet
 
 
 class Agent(LocalElasticAgent):
