@@ -1,5 +1,8 @@
 """The needle is where it should be, a model that cannot see it scores exactly chance, and cached scores are the model's own."""
 
+import random
+from collections import Counter
+
 import pytest
 import torch
 
@@ -7,6 +10,8 @@ from ssa_megatron.errors import ConfigError, DataProblem
 from ssa_megatron.evaluation.needle import _ask, build, needle
 from ssa_megatron.evaluation.settings import Settings
 from ssa_megatron.evaluation.text import encode
+
+from .recall import document
 
 
 @pytest.fixture(scope="module")
@@ -86,3 +91,13 @@ def test_what_does_not_fit_is_refused_with_a_number_that_does(tiny, stream):
     assert len(build(tiny.tokenizer, stream, enough, 0.5, "0", 8)[0].prompt) == enough
     with pytest.raises(DataProblem, match="a context 5,000"):
         build(tiny.tokenizer, stream[:4999], 5000, 0.5, "0", 8)
+
+
+def test_the_corpus_that_teaches_retrieval_says_every_fact_again():
+    texts = [
+        document(random.Random(seed), ["In the beginning God created the heaven and the earth."]) for seed in (1, 1, 2)
+    ]
+    assert texts[0] == texts[1] != texts[2]
+    facts = Counter(line for line in texts[0].split("\n") if line.startswith("The secret word of"))
+    assert len(facts) == 5
+    assert set(facts.values()) <= {2, 3, 4}
