@@ -106,8 +106,7 @@ def rope(model: dict) -> str:
 def _budget(found: Sequence[dict]) -> Table:
     heads = ["Attention"]
     for model in found:
-        of = f" {model['name']}" if len(found) > 1 else ""
-        heads += [f"*nats/token{of}", f"*against full{of}"]
+        heads += ["*nats/token" if len(found) == 1 else f"*{model['name']}", "*over full"]
         heads += ["*perplexity", "*bits/byte"] if len(found) == 1 else []
     columns = [{setting(row, model["budget"]["all"]): row for row in model["budget"]["rows"]} for model in found]
     rows = []
@@ -119,7 +118,10 @@ def _budget(found: Sequence[dict]) -> Table:
             cells += [f"{row['perplexity']:.2f}", f"{row['bits_per_byte']:.4f}"] if len(found) == 1 else []
         rows.append(tuple(cells))
     budget = found[0]["budget"]
-    note = f"{budget['tokens']:,} tokens in {budget['pieces']:,} pieces of at most {budget['length']:,}; paired standard errors"
+    note = (
+        f"{budget['tokens']:,} tokens in {budget['pieces']:,} pieces of at most {budget['length']:,}; "
+        "nats per token, paired standard errors"
+    )
     return Table("budget", "Quality against budget", tuple(heads), rows, note)
 
 

@@ -38,7 +38,7 @@ class Opened:
 
 
 def kind_of(target: Path) -> str:
-    """ "run", "folder" or "results". Raises CheckpointError for anything else."""
+    """What a target is: run, folder or results. Raises CheckpointError for anything else."""
     if target.is_file() and target.suffix == ".json":
         return "results"
     if (target / "config.json").is_file():

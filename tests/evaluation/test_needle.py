@@ -1,8 +1,5 @@
 """The needle is where it should be, a model that cannot see it scores exactly chance, and cached scores are the model's own."""
 
-import random
-from collections import Counter
-
 import pytest
 import torch
 
@@ -11,7 +8,7 @@ from ssa_megatron.evaluation.needle import _ask, build, needle
 from ssa_megatron.evaluation.settings import Settings
 from ssa_megatron.evaluation.text import encode
 
-from .recall import document
+from .retrieval import trained
 
 
 @pytest.fixture(scope="module")
@@ -93,11 +90,13 @@ def test_what_does_not_fit_is_refused_with_a_number_that_does(tiny, stream):
         build(tiny.tokenizer, stream[:4999], 5000, 0.5, "0", 8)
 
 
-def test_the_corpus_that_teaches_retrieval_says_every_fact_again():
-    texts = [
-        document(random.Random(seed), ["In the beginning God created the heaven and the earth."]) for seed in (1, 1, 2)
-    ]
-    assert texts[0] == texts[1] != texts[2]
-    facts = Counter(line for line in texts[0].split("\n") if line.startswith("The secret word of"))
-    assert len(facts) == 5
-    assert set(facts.values()) <= {2, 3, 4}
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_model_that_learned_to_look_facts_up_retrieves_them(tmp_path):
+    """The other end of the scale from the blind model: what can be retrieved is found to be."""
+    one, haystack = trained(tmp_path, steps=300)
+    found = needle(one, haystack, Settings(lengths=(64, 96), haystacks=2))
+    for cell in found["cells"]:
+        assert cell["ranked"] > 0.8, cell
+        assert cell["greedy"] > 0.8, cell
+        assert cell["margin"] > 3, cell
