@@ -73,7 +73,7 @@ def losses(model, samples, context: int, mode: str) -> tuple[torch.Tensor, torch
     return asked.sum() / (asked != 0).sum(), nats.sum() / (nats != 0).sum()
 
 
-def main(steps: str = "600") -> None:
+def main(steps: str = "400") -> None:
     with tempfile.TemporaryDirectory() as scratch:
         one, haystack = trained(Path(scratch), int(steps))
     found = needle(one, haystack, Settings(lengths=(48, 96, 192, 384, 768), haystacks=2))
