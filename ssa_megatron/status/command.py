@@ -9,7 +9,7 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from ssa_megatron.errors import RunFolderError
+from ssa_megatron.errors import RunFolderError, SSAError
 from ssa_megatron.status.state import State, Watcher, duration
 from ssa_megatron.train import beats, requests
 from ssa_megatron.train.restarts import read_starts
@@ -21,11 +21,18 @@ def status(targets: list[str], *, runs: Path, watch: float | None, as_json: bool
     """Print once, or every `watch` seconds until interrupted. Raises RunFolderError for what is no run."""
     watchers = [Watcher(run) for run in find(targets, runs)]
     while True:
-        states = [watcher.look() for watcher in watchers]
+        states, unreadable = [], ""
+        for watcher in watchers:
+            try:
+                states.append(watcher.look())
+            except SSAError as error:  # of another release, or damaged: the others are still shown
+                if len(watchers) == 1:
+                    raise
+                unreadable += f"\n{watcher.run} cannot be read: {error.problem.splitlines()[0]}"
         if as_json:
             text = json.dumps([asdict(state) for state in states], indent=1)
         else:
-            text = table([HEAD, *map(row, states)])
+            text = table([HEAD, *map(row, states)]) + unreadable
             text += "".join(f"\n\n{watcher.run}\n{every_rank(watcher.run)}" for watcher in watchers if ranks)
         if watch is None:
             print(text)

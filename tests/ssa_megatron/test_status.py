@@ -12,7 +12,7 @@ from ssa_megatron.config import dump_recipe
 from ssa_megatron.errors import ConfigError, RunFolderError
 from ssa_megatron.planning.hardware import TABLE
 from ssa_megatron.planning.speed import flops_per_token
-from ssa_megatron.status.command import ask_for_profile, every_rank, find, row
+from ssa_megatron.status.command import ask_for_profile, every_rank, find, row, status
 from ssa_megatron.status.state import Watcher, duration
 from ssa_megatron.train import beats, exposition, requests
 from tests.faults.signals import wait_for
@@ -143,6 +143,18 @@ def test_runs_are_found_by_folder_by_job_number_and_all_of_them(run):
         find([], run)
     with pytest.raises(RunFolderError, match="is not a run folder"):
         Watcher(run.parent)
+
+
+def test_a_run_that_cannot_be_read_hides_no_other(run, capsys):
+    other = run.parent / "second"
+    other.mkdir()
+    (other / "config.yaml").write_text("name: second\nwhat: is this\n")
+    status([], runs=run.parent, watch=None, as_json=False, ranks=False)
+    shown = capsys.readouterr().out
+    assert f"{run} " in shown
+    assert f"{other} cannot be read: recipe {other / 'config.yaml'} is not valid" in shown
+    with pytest.raises(ConfigError, match="what: unknown key"):
+        status([str(other)], runs=run.parent, watch=None, as_json=False, ranks=False)
 
 
 def test_every_rank_is_shown_with_its_place(run):
