@@ -205,6 +205,13 @@ def test_a_folder_without_a_window_must_be_told_its_kind(tmp_path, tokenizer):
         import_folder(tmp_path / "hf", tmp_path / "run", ["attention.kind=nsa"])
 
 
+def test_their_rule_of_selection_is_taken_where_it_is_defined(tmp_path, tokenizer):
+    """Their FullAttn has blocks of 64, which it never selects."""
+    authors_folder(tmp_path / "hf", tokenizer, block_size=64)
+    attention = import_folder(tmp_path / "hf", tmp_path / "run", ["attention.kind=full"]).attention
+    assert (attention.kind, attention.block_size, attention.topk) == ("full", 64, "exact")
+
+
 # ------------------------------------------------------------------------------------------------------------- training
 def test_training_may_choose_what_does_not_change_the_model_and_nothing_else(tmp_path, folder):
     recipe = import_folder(folder, tmp_path / "run")
