@@ -94,8 +94,9 @@ def test_a_signal_to_the_batch_shell_saves_requeues_and_continues(job, whole):
 
 def ranks(run: Path, node: str | None = None) -> list[psutil.Process]:
     """The processes that train in `run`, on one node or on all."""
-    found = [p for p in psutil.process_iter() if {"ssa_megatron", str(run)} <= set(p.cmdline())]
-    return [p for p in found if node is None or p.environ()["SLURMD_NODENAME"] == node]
+    asked = psutil.process_iter(["cmdline", "environ"])  # None for a process that has ended meanwhile
+    found = [p for p in asked if {"ssa_megatron", str(run)} <= set(p.info["cmdline"] or ())]
+    return [p for p in found if node is None or (p.info["environ"] or {}).get("SLURMD_NODENAME") == node]
 
 
 def kill_node(run: Path, node: str) -> None:
