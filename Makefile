@@ -1,6 +1,7 @@
 # One way in for each job. `make` alone lists them.
 PYTHON ?= python3
 VENV := .venv
+TEST_JOBS ?= 2
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 export TORCH_COMPILE_DISABLE ?= 1
@@ -23,8 +24,8 @@ $(VENV)/.ready: requirements.txt pyproject.toml pipelines/compat/torchvision_gua
 demo: setup  ## the whole arc in a few minutes: text to a Hugging Face model, with a kill and a resume
 	$(BIN)/python -m ssa_megatron demo
 
-test: setup  ## every test that needs neither a GPU nor more than a minute
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+test: setup  ## every test that needs neither a GPU nor more than a minute, two files at a time (TEST_JOBS=1: one)
+	$(BIN)/python -m pytest -m "not slow and not gpu" --numprocesses $(TEST_JOBS) --dist loadfile
 
 test-slow: setup  ## the long ones
 	$(BIN)/python -m pytest -m slow

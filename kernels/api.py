@@ -27,6 +27,8 @@ try:
 except ImportError:  # a machine without triton has the PyTorch backend
     triton = None
 
+WRONG_INTERPRETED = (torch.bfloat16,)  # Triton's interpreter gives any product of these, without an error
+
 
 def _streams(backend: str):
     if backend == "torch":
@@ -45,13 +47,8 @@ def choose_backend(name: str, q: Tensor) -> str:
         checks.need(triton is not None, "backend", "'triton'", "'auto' or 'torch': triton is not installed")
         got = f"'triton' for tensors on {q.device}"
         checks.need(q.is_cuda or interpreted, "backend", got, "CUDA tensors, or 'auto' or 'torch'")
-        wrong = interpreted and q.dtype == torch.bfloat16  # its bf16 products are off by any amount, without an error
-        checks.need(
-            not wrong,
-            "q.dtype",
-            q.dtype,
-            "float16 or float32 under Triton's interpreter, which multiplies bf16 wrongly",
-        )
+        wrong = interpreted and q.dtype in WRONG_INTERPRETED
+        checks.need(not wrong, "q.dtype", q.dtype, "float16 or float32: Triton's interpreter multiplies it wrongly")
     return name
 
 

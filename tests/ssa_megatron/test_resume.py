@@ -92,6 +92,7 @@ def test_a_run_killed_twice_continues_bit_for_bit(tmp_path, dataset):
     check(tmp_path, dataset, kills=(5, 10), overrides=small)
 
 
+@pytest.mark.slow
 def test_the_mode_sequence_after_a_resume_is_that_of_the_whole_run(tmp_path, dataset):
     """Tensor parallel, so that both ranks of a replica must draw alike; the share of sparse trunks is in every line."""
     small = (

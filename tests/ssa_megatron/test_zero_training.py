@@ -15,6 +15,7 @@ STAGES = {
 }
 
 
+@pytest.mark.slow
 def test_a_run_of_two_ranks_with_evaluations_is_the_same_under_every_stage(tmp_path, dataset):
     overrides = {"train__steps": 4, "train__eval_interval": 2, "train__eval_rows": 4, "checkpoint__interval": 2}
     recipe = recipe_file(tmp_path, dataset, **overrides)
