@@ -25,7 +25,13 @@ def start(run: Path, code: int, *, tenths: int = 0, restarts: int = 0, before: s
     run.mkdir()
     command = COMMAND.format(run=run, code=code, tenths=tenths).replace("$", "\\$")
     script = SCRIPT.format(run=run, command=command, restarts=restarts, before=before)
-    return subprocess.Popen(["bash", "-c", script], cwd=launch.ROOT, stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        ["bash", "-c", script],
+        cwd=launch.ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored where pytest is a background job
+    )
 
 
 ONCE_MORE = [(75, 0), (75, 99), (8, 0), (1, 0), (137, 2)]
