@@ -108,8 +108,11 @@ class Continuation:
         yield self.tokenizer.decode(self.tokens, skip_special_tokens=True)[shown:]
 
     def _spelt_in_bytes(self, token: int) -> bool:
-        """Byte pieces are decoded together, up to the next other piece: until then their text may still change."""
-        return re.fullmatch(r"<0x[0-9A-F]{2}>", self.tokenizer.convert_ids_to_tokens(token)) is not None
+        """Byte pieces are decoded together, up to the next other piece: until then their text may still change.
+
+        A row that only pads the embedding to a round size has no piece (None) and no text.
+        """
+        return re.fullmatch(r"<0x[0-9A-F]{2}>", self.tokenizer.convert_ids_to_tokens(token) or "") is not None
 
     def _make_decoder(self):
         s, kind = self.settings, self.model.config.attention_kind

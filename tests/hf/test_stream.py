@@ -30,6 +30,19 @@ def test_streamed_pieces_are_the_greedy_text_of_generate(opened, mode):
         assert len(made.tokens) == 40
 
 
+def test_a_row_of_the_embedding_that_no_piece_belongs_to_is_streamed_as_nothing(opened, monkeypatch):
+    """Once lost: `ssa generate` ended in a TypeError when an untrained model chose a padding row of its embedding."""
+    model, tokenizer = opened
+    padding = model.config.vocab_size - 1
+    assert tokenizer.convert_ids_to_tokens(padding) is None
+    chosen = iter([padding, *tokenizer("The model")["input_ids"][1:], padding])
+    monkeypatch.setattr(stream, "pick", lambda logits, *_: torch.tensor([next(chosen)]))
+    made = Continuation(model, tokenizer, "So", Settings(max_new_tokens=4))
+    pieces = list(made)
+    assert made.tokens[0] == padding
+    assert "".join(pieces) == tokenizer.decode(made.tokens, skip_special_tokens=True)
+
+
 def test_the_kernels_decoder_continues_as_the_exported_class_does(opened, monkeypatch):
     settings = Settings(mode="sparse", block_count=2, max_new_tokens=50)
     want = "".join(Continuation(*opened, "The model", settings))
