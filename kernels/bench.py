@@ -7,6 +7,7 @@ what refuses a shape is a row that says why. Rows go to a dated CSV. It refuses 
 import argparse
 import csv
 import datetime
+import math
 import multiprocessing
 import os
 import statistics
@@ -26,7 +27,7 @@ from .bench_gate import judge
 COLUMNS = (
     "date", "device", "torch", "triton", "commit", "run", "shape", "selection", "jaccard", "blocks_back", "what",
     "forward_ms", "both_ms", "forward_tflops", "both_tflops", "forward_to_cudnn", "both_to_cudnn", "forward_to_flash",
-    "both_to_flash", "peak_mib", "note",
+    "both_to_flash", "host_ms", "peak_mib", "note",
 )  # fmt: skip
 EVERY_KIND = ("A 8k", "B 8k", "C 8k")  # the other shapes are timed on the random selection alone
 SELECTIVE = (
@@ -37,16 +38,33 @@ SELECTIVE = (
     "parallel_nsa",
 )  # rows that the kind of selection can change
 FLUSH = 1 << 28  # bytes written between two timed calls, so that none finds its inputs in the L2 cache
+FLUSH_MS = 0.08  # least that writing them takes
+
+
+def host_ms(function: Callable, calls: int = 7) -> float:
+    """Median time until a call has put its work into an empty queue: Python, autograd, launches."""
+    taken = []
+    for _ in range(calls):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        function()
+        taken.append(time.perf_counter() - start)
+    return statistics.median(taken) * 1e3
 
 
 def median_ms(function: Callable, rep: float) -> float:
-    """Median of about `rep` milliseconds of calls, at least 3 and at most 200, each with a cold L2 cache."""
+    """Median over about `rep` milliseconds of calls, at least 3 and at most 200, of the device's time, the L2 cache cold.
+
+    Before each call the device is kept writing for longer than the host needs to launch it, as in a training step, whose queue
+    is full: short calls are not timed by Python. (A call that waits for the device still is.)
+    """
     cache = torch.empty(FLUSH, dtype=torch.int8, device="cuda")
 
-    def timed(count: int) -> list[float]:
+    def timed(count: int, writes: int) -> list[float]:
         events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(count)]
         for before, after in events:
-            cache.zero_()
+            for _ in range(writes):
+                cache.zero_()
             before.record()
             function()
             after.record()
@@ -54,8 +72,9 @@ def median_ms(function: Callable, rep: float) -> float:
         return [before.elapsed_time(after) for before, after in events]
 
     function()
-    once = timed(1)[0]
-    return statistics.median(timed(min(200, max(3, int(rep / once)))))
+    writes = 1 + math.ceil(host_ms(function) / FLUSH_MS)
+    once = timed(1, writes)[0]
+    return statistics.median(timed(min(200, max(3, int(rep / once))), writes))
 
 
 def both_ways(contender: Contender, sample: Sample) -> Callable:
@@ -82,7 +101,7 @@ def measure(contender: Contender, sample: Sample, rep: float) -> dict:
     found = {"forward_ms": forward, "forward_tflops": contender.flops[0] / forward / 1e9, "peak_mib": peak}
     if contender.backward:
         both = median_ms(run, rep)
-        found |= {"both_ms": both, "both_tflops": sum(contender.flops) / both / 1e9}
+        found |= {"both_ms": both, "both_tflops": sum(contender.flops) / both / 1e9, "host_ms": host_ms(run)}
     elif contender.truth == "select":  # routing has no backward: it costs a training step what it costs here
         found |= {"both_ms": forward}
     return found
