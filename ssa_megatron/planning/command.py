@@ -5,6 +5,7 @@ Exit code 2 (ConfigError) both for a topology that is not legal and for one that
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 
 from ssa_megatron.config import Recipe
@@ -32,23 +33,25 @@ def plan(
     Raises ConfigError when the recipe is not legal for `world` processes, or needs more memory than a GPU has.
     """
     figures = hardware.find(gpu)
-    given = {
-        "memory": memory_gib and int(memory_gib * GIB),
-        "link": link_gbytes and link_gbytes * 1e9,
-        "network": network_gbytes and network_gbytes * 1e9,
-    }
-    figures = dataclasses.replace(figures, **{name: value for name, value in given.items() if value})
+    given = {"memory": (memory_gib, GIB), "link": (link_gbytes, 1e9), "network": (network_gbytes, 1e9)}
+    given = {name: (value, unit) for name, (value, unit) in given.items() if value is not None}
+    for name, (value, _) in given.items():
+        if not 0 < value < math.inf:
+            option = f"--{name}-{'gib' if name == 'memory' else 'gbytes'}"
+            raise ConfigError(f"{option} {value:g}: not a size", remedy="a number above 0")
+    figures = dataclasses.replace(figures, **{name: int(value * unit) for name, (value, unit) in given.items()})
     search.check(recipe, world, figures)
     found = search.evaluate(recipe, world, figures, document=document)
     fits = found.needed <= figures.memory
-    candidates = search.ranked(recipe, world, figures, document=document) if top or not fits else []
+    candidates = search.fitting(recipe, world, figures, document=document) if top or not fits else []
+    best = search.ranked(candidates)[:top]
     folder = run or Path("runs") / recipe.name
     if as_json:
-        print(json.dumps(page.to_dict(found, candidates[:top], figures, folder)))
+        print(json.dumps(page.to_dict(found, best, figures, folder)))
     else:
-        print(page.render(found, candidates[:top], figures, folder))
+        print(page.render(found, best, figures, folder))
     if not fits:
-        others = search.alternatives(recipe, world, figures, candidates)
+        others = search.nearest(recipe, candidates)
         stage = found.fullest
         raise ConfigError(
             f"{recipe.name} does not fit: rank(s) of pipeline stage {stage.stage} need {found.needed / GIB:.1f} GiB, "

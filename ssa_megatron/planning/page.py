@@ -19,6 +19,11 @@ def checkpoint_bytes(recipe: Recipe) -> int:
     return parameter_count(recipe) * (14 if recipe.train.precision == "bf16" else 12)
 
 
+def disk_needed(recipe: Recipe) -> int:
+    """Bytes a run's checkpoints take at most: those kept, and the one being written."""
+    return checkpoint_bytes(recipe) * (recipe.checkpoint.keep + 1)
+
+
 def free_disk(run: Path) -> int:
     """Bytes free where `run` is, or will be."""
     there = run.resolve()
@@ -45,7 +50,11 @@ def to_dict(plan: Candidate, best: list[Candidate], gpu: Hardware, run: Path) ->
     return {
         **_row(plan),
         "stages": [{**asdict(stage), "peak": stage.peak} for stage in plan.stages],
-        "checkpoint": {"bytes": checkpoint_bytes(plan.recipe), "free": free_disk(run)},
+        "checkpoint": {
+            "bytes": checkpoint_bytes(plan.recipe),
+            "needed": disk_needed(plan.recipe),
+            "free": free_disk(run),
+        },
         "communication": [{**asdict(t), "wire": t.wire} for t in traffic(plan.recipe, plan.world)],
         "time": plan.speed.parts,
         "gpu": asdict(gpu),
@@ -111,8 +120,7 @@ def _memory(plan: Candidate, gpu: Hardware) -> str:
 
 
 def _disk(recipe: Recipe, run: Path | None) -> str:
-    one, keep = checkpoint_bytes(recipe), recipe.checkpoint.keep
-    need = one * (keep + 1)
+    one, keep, need = checkpoint_bytes(recipe), recipe.checkpoint.keep, disk_needed(recipe)
     line = f"CHECKPOINT  {one / GIB:.1f} GiB each; {keep} kept and one being written: {need / GIB:.1f} GiB"
     if run is None:
         return line

@@ -1,7 +1,8 @@
-"""Topologies of one recipe on a number of GPUs: which are legal, which fit, which are fastest.
+"""Topologies of one recipe on a number of GPUs: which are legal, which fit, which are fastest, which are nearest.
 
-Only how the work is cut varies (parallel sizes, ZeRO stage, micro-batch, recompute); what is trained stays as it is.
-`parallel.topology.check` decides what is legal, so what it opens up appears here by itself.
+Only how the work is cut varies (parallel sizes, ZeRO stage, micro-batch, recompute); what is trained stays as it is, unless no
+cut is legal: then the batch becomes the nearest that the processes can share. `parallel.topology` decides what is legal, so what
+it opens up appears here by itself.
 """
 
 from collections.abc import Iterator
@@ -44,29 +45,38 @@ def evaluate(recipe: Recipe, world: int, gpu: Hardware, *, document: int | None 
 
 
 def legal(recipe: Recipe, world: int, gpu: Hardware) -> Iterator[Recipe]:
-    """Every legal way to cut `recipe` over `world` processes that is worth a look."""
-    m, train = recipe.model, recipe.train
-    tensors = [t for t in (1, 2, 4, 8, 16) if t <= min(gpu.node, world)]
-    contexts = [c for c in (1, 2, 4, 8, 16, 32, 64) if c == 1 or c * FEWEST_TOKENS <= train.sequence_length]
-    pipelines = [p for p in range(1, m.num_layers + 1) if m.num_layers % p == 0]
-    rows = [r for r in (1, 2, 4, 8) if train.global_batch_rows % r == 0]
-    for tensor, context, pipeline in product(tensors, contexts, pipelines):
+    """Every legal way to cut `recipe` over `world` processes that is worth a look; its own sizes are looked at in any case."""
+    m, p, zero, train = recipe.model, recipe.parallel, recipe.zero, recipe.train
+    tensors = {t for t in (1, 2, 4, 8, 16) if t <= min(gpu.node, world)} | {p.tensor}
+    contexts = {c for c in (1, 2, 4, 8, 16, 32, 64) if c == 1 or c * FEWEST_TOKENS <= train.sequence_length} | {
+        p.context
+    }
+    pipelines = {n for n in range(1, m.num_layers + 1) if m.num_layers % n == 0}
+    rows = {r for r in (1, 2, 4, 8) if train.global_batch_rows % r == 0} | {train.micro_batch_rows}
+    modes, zeros = ("none", "selective", "full"), list(product((1, 2, 3), {zero.offload_optimizer, False}))
+    for tensor, context, pipeline in product(sorted(tensors), sorted(contexts), sorted(pipelines)):
         ranks = tensor * context * pipeline
         if ranks > world or world % ranks:
             continue
-        interleavings = [v for v in (1, 2, 4) if v == 1 or (pipeline > 1 and m.num_layers % (pipeline * v) == 0)]
-        for virtual, stage, micro, mode in product(interleavings, (1, 2, 3), rows, ("none", "selective", "full")):
+        interleavings = {1, 2, 4, p.virtual_pipeline} if pipeline > 1 else {1}
+        interleavings = sorted(v for v in interleavings if m.num_layers % (pipeline * v) == 0)
+        sequences = {tensor > 1 and train.sequence_length % (tensor * context) == 0}
+        if tensor == p.tensor:
+            sequences.add(p.sequence)
+        for sequence, virtual, (stage, offload), micro, mode in product(
+            sorted(sequences), interleavings, zeros, sorted(rows), modes
+        ):
             parallel = {
                 "tensor": tensor,
-                "sequence": tensor > 1 and train.sequence_length % (tensor * context) == 0,
+                "sequence": sequence,
                 "pipeline": pipeline,
                 "virtual_pipeline": virtual,
                 "context": context,
             }
             found = recipe.model_copy(
                 update={
-                    "parallel": recipe.parallel.model_copy(update=parallel),
-                    "zero": recipe.zero.model_copy(update={"stage": stage}),
+                    "parallel": p.model_copy(update=parallel),
+                    "zero": zero.model_copy(update={"stage": stage, "offload_optimizer": offload}),
                     "train": train.model_copy(update={"micro_batch_rows": micro, "recompute": mode}),
                 }
             )
@@ -74,15 +84,19 @@ def legal(recipe: Recipe, world: int, gpu: Hardware) -> Iterator[Recipe]:
                 yield found
 
 
-def ranked(recipe: Recipe, world: int, gpu: Hardware, *, document: int | None = None) -> list[Candidate]:
-    """The best candidate of each topology and ZeRO stage that fits, fastest first; of equally fast ones the smaller."""
+def fitting(recipe: Recipe, world: int, gpu: Hardware, *, document: int | None = None) -> list[Candidate]:
+    """Of every legal way those that fit."""
+    every = (evaluate(found, world, gpu, document=document) for found in legal(recipe, world, gpu))
+    return [candidate for candidate in every if candidate.needed <= gpu.memory]
+
+
+def ranked(candidates: list[Candidate]) -> list[Candidate]:
+    """The best candidate of each topology and ZeRO stage, fastest first; of equally fast ones the smaller."""
     best: dict[tuple, Candidate] = {}
-    for cut_recipe in legal(recipe, world, gpu):
-        candidate = evaluate(cut_recipe, world, gpu, document=document)
-        kind = (*cut_recipe.parallel.model_dump().values(), cut_recipe.zero.stage)
-        if candidate.needed <= gpu.memory and (kind not in best or _order(candidate) < _order(best[kind])):
-            best[kind] = candidate
-    return sorted(best.values(), key=_order)
+    for candidate in sorted(candidates, key=_order):
+        found = candidate.recipe
+        best.setdefault((*found.parallel.model_dump().values(), found.zero.stage), candidate)
+    return list(best.values())
 
 
 def _order(candidate: Candidate) -> tuple[float, int]:
@@ -90,7 +104,7 @@ def _order(candidate: Candidate) -> tuple[float, int]:
 
 
 def changes(old: Recipe, new: Recipe) -> list[str]:
-    """Overrides that turn the cut of `old` into that of `new`."""
+    """Overrides that turn the cut and the batch of `old` into those of `new`."""
     found = []
     for section in ("parallel", "zero", "train"):
         before, after = getattr(old, section).model_dump(), getattr(new, section).model_dump()
@@ -98,10 +112,19 @@ def changes(old: Recipe, new: Recipe) -> list[str]:
     return found
 
 
-def alternatives(recipe: Recipe, world: int, gpu: Hardware, candidates: list[Candidate], count: int = 2) -> list[str]:
-    """Of `candidates`, those that change the recipe least, as overrides for the command line; then the faster first."""
-    nearest = sorted(candidates, key=lambda c: (len(changes(recipe, c.recipe)), c.speed.seconds))
-    return [" ".join(changes(recipe, c.recipe)) for c in nearest[:count]]
+def nearest(recipe: Recipe, candidates: list[Candidate], count: int = 2) -> list[str]:
+    """Of `candidates`, those that change the recipe least, as overrides for the command line; then the faster first.
+
+    One that only adds to another's changes is no second way, and comes last.
+    """
+    order = sorted(candidates, key=lambda c: (len(changes(recipe, c.recipe)), c.speed.seconds))
+    ways, more = [], []
+    for candidate in order:
+        if len(ways) == count:
+            break
+        found = changes(recipe, candidate.recipe)
+        (more if any(set(way) < set(found) for way in ways) else ways).append(found)
+    return [" ".join(way) for way in (ways + more)[:count]]
 
 
 def check(recipe: Recipe, world: int, gpu: Hardware) -> None:
@@ -109,6 +132,47 @@ def check(recipe: Recipe, world: int, gpu: Hardware) -> None:
     try:
         topology.check(recipe, world)
     except ConfigError as refusal:
-        found = alternatives(recipe, world, gpu, ranked(recipe, world, gpu))
-        legal_here = f"; legal for {world} process(es): {', or '.join(found)}" if found else ""
-        raise ConfigError(refusal.problem, remedy=refusal.remedy + legal_here) from None
+        found = nearest(recipe, fitting(recipe, world, gpu)) or nearest(recipe, _evaluated(recipe, world, gpu))
+        for other in _other_batches(recipe, world):
+            if len(found) >= 2:
+                break
+            found += nearest(recipe, _evaluated(other, world, gpu), count=1)
+        remedy = f"{refusal.remedy}; legal for {world} process(es): {', or '.join(found)}"
+        if worlds := _other_worlds(recipe, world):
+            remedy += f"; as it is, legal for {' or '.join(map(str, worlds))}"
+        raise ConfigError(refusal.problem, remedy=remedy) from None
+
+
+def _evaluated(recipe: Recipe, world: int, gpu: Hardware) -> list[Candidate]:
+    return [evaluate(found, world, gpu) for found in legal(recipe, world, gpu)]
+
+
+def _other_batches(recipe: Recipe, world: int) -> Iterator[Recipe]:
+    """The recipe with rows that `world` processes can share evenly, the nearest numbers first: there is always a legal cut."""
+    train = recipe.train
+    unit = world * train.micro_batch_rows
+    below = train.global_batch_rows // unit * unit
+    batches = sorted(
+        (n for n in (below, below + unit, below + 2 * unit) if n), key=lambda n: abs(n - train.global_batch_rows)
+    )
+    rows = -(-train.eval_rows // world) * world if train.eval_interval else train.eval_rows
+    for batch, evaluated in (
+        (train.global_batch_rows, rows),
+        *((n, train.eval_rows) for n in batches),
+        *((n, rows) for n in batches),
+    ):
+        update = {"global_batch_rows": batch, "eval_rows": evaluated}
+        if update != {name: getattr(train, name) for name in update}:
+            yield recipe.model_copy(update={"train": train.model_copy(update=update)})
+
+
+def _other_worlds(recipe: Recipe, world: int) -> list[int]:
+    """The nearest smaller and the nearest larger number of processes that can run the recipe as it is."""
+    ranks = topology.model_ranks(recipe)
+    fewer = range(max(0, world - 1) // ranks * ranks, 0, -ranks)
+    more = range((world // ranks + 1) * ranks, 2 * world + ranks + 1, ranks)
+    found = (
+        next((w for w in sizes if not any(rule.broken(recipe, w) for rule in topology.RULES)), None)
+        for sizes in (fewer, more)
+    )
+    return [w for w in found if w]

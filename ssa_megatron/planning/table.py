@@ -23,7 +23,7 @@ def example() -> str:
     """What `ssa plan` prints for one recipe, but for the disk of the machine it runs on."""
     recipe, gpu = load_recipe(RECIPE), hardware.find("h100")
     plan = search.evaluate(recipe, WORLD, gpu, document=DOCUMENT)
-    best = search.ranked(recipe, WORLD, gpu, document=DOCUMENT)[:TOP]
+    best = search.ranked(search.fitting(recipe, WORLD, gpu, document=DOCUMENT))[:TOP]
     command = f"ssa plan {RECIPE} --world {WORLD} --document {DOCUMENT}"
     return f"```\n$ {command}\n{page.render(plan, best, gpu, None)}\n```"
 

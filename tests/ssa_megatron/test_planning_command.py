@@ -1,6 +1,7 @@
 """`ssa plan` as a user meets it: quick, without torch, refusing with alternatives that work; and the documentation's table."""
 
 import json
+import random
 import re
 import resource
 import subprocess
@@ -8,10 +9,11 @@ import sys
 
 import pytest
 
-from ssa_megatron.config import load_recipe
+from ssa_megatron.config import load_recipe, resolve
+from ssa_megatron.config.recipe import apply_override
 from ssa_megatron.errors import ConfigError
 from ssa_megatron.parallel import topology
-from ssa_megatron.planning import hardware, search, table
+from ssa_megatron.planning import hardware, page, search, table
 from ssa_megatron.planning.command import plan
 from tests.launch import ROOT, environment, run
 
@@ -39,6 +41,78 @@ def test_an_illegal_recipe_is_refused_with_two_ways_that_are_legal():
         topology.check(load_recipe("ssa-1b", ["parallel.sequence=true", *way.split()]), 8)
 
 
+ODD = {  # values that break one rule or several, alone or together, on some number of processes
+    "parallel.tensor": (2, 3, 7, 16, 128),
+    "parallel.sequence": ("true", "false"),
+    "parallel.pipeline": (2, 3, 5),
+    "parallel.virtual_pipeline": (2, 3),
+    "parallel.context": (2, 3, 64),
+    "zero.stage": (2, 3),
+    "zero.offload_optimizer": ("true",),
+    "train.global_batch_rows": (8, 24, 56),
+    "train.micro_batch_rows": (1, 8),
+    "train.sequence_length": (17, 4095),
+    "train.eval_rows": (3, 7),
+    "model.ffn_size": (49,),
+    "model.num_layers": (7,),
+}
+
+
+@pytest.mark.parametrize("seed", range(25))
+def test_whatever_is_illegal_is_refused_with_two_ways_that_are_legal(seed):
+    rng, refused = random.Random(seed), None
+    while refused is None:
+        overrides = [f"{key}={rng.choice(values)}" for key, values in ODD.items() if rng.random() < 0.3]
+        world = rng.choice((1, 2, 3, 6, 7, 8, 12, 64, 100, 1024))
+        name = rng.choice(("demo", "ssa-1b", "ssa-8b", "ssa-70b-128k"))
+        try:
+            recipe = load_recipe(name, overrides)
+        except ConfigError:  # sections that contradict each other, whatever the topology
+            continue
+        try:
+            search.check(recipe, world, H100)
+        except ConfigError as error:
+            refused = error
+    ways = refused.remedy.partition(f"legal for {world} process(es): ")[2].partition(";")[0].split(", or ")
+    assert len(set(ways)) == 2, refused.remedy
+    for way in ways:
+        topology.check(resolve(changed(recipe.model_dump(), way), origin=way), world)
+    as_it_is = refused.remedy.partition("as it is, legal for ")[2]
+    for number in as_it_is.split(" or ") if as_it_is else ():
+        topology.check(recipe, int(number))
+
+
+def changed(values: dict, way: str) -> dict:
+    for override in way.split():
+        apply_override(values, override)
+    return values
+
+
+def test_seven_processes_for_a_batch_of_128_rows_are_told_what_would_do():
+    with pytest.raises(ConfigError, match=r"train\.global_batch_rows is not possible for 7 process") as refused:
+        search.check(load_recipe("ssa-1b", ["train.eval_interval=0"]), 7, H100)
+    assert "train.global_batch_rows=126, or train.global_batch_rows=133" in refused.value.remedy
+    assert refused.value.remedy.endswith("as it is, legal for 4 or 8")
+
+
+@pytest.mark.parametrize("option", ["memory_gib", "link_gbytes", "network_gbytes"])
+@pytest.mark.parametrize("value", [0, -3, float("nan"), float("inf")])
+def test_a_size_that_is_none_is_refused_instead_of_planned_with(option, value):
+    with pytest.raises(ConfigError, match=f"--{option.replace('_', '-')} .*: not a size"):
+        plan(load_recipe("demo"), 1, **{option: value})
+
+
+def test_a_disk_without_room_for_the_checkpoints_is_pointed_out(capsys, monkeypatch):
+    recipe = load_recipe("ssa-1b", ["checkpoint.keep=2"])
+    one = page.checkpoint_bytes(recipe)
+    for free, said in ((3 * one, False), (3 * one - 1, True)):
+        monkeypatch.setattr(page, "free_disk", lambda run, free=free: free)
+        plan(recipe, 8, top=0)
+        assert ("NOT ENOUGH" in capsys.readouterr().out) == said
+        plan(recipe, 8, top=0, as_json=True)
+        assert json.loads(capsys.readouterr().out)["checkpoint"] == {"bytes": one, "needed": 3 * one, "free": free}
+
+
 def test_a_recipe_that_does_not_fit_says_by_how_much_and_what_does(capsys):
     recipe = load_recipe("ssa-8b", ["parallel.tensor=1", "parallel.sequence=false"])
     with pytest.raises(ConfigError) as refused:
@@ -62,7 +136,7 @@ def test_what_fits_nowhere_is_said_to():
 
 def test_the_best_topologies_are_legal_fit_and_come_fastest_first():
     recipe = load_recipe("ssa-8b")
-    found = search.ranked(recipe, 64, H100)
+    found = search.ranked(search.fitting(recipe, 64, H100))
     assert found
     for candidate in found:
         topology.check(candidate.recipe, 64)
