@@ -180,6 +180,10 @@ def initialize(recipe: Recipe) -> ParallelContext:
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1", MASTER_ADDR="127.0.0.1")
         os.environ["MASTER_PORT"] = str(_free_port())
+    if recipe.parallel.tensor > 1:
+        # megatron-core's linear layers hide the communication of their backward behind the weight's gradient, which works
+        # where a GPU starts kernels in the order they were given; read when CUDA starts, so it comes before adapt()
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     cpu.adapt()
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed

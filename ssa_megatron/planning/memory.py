@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from ssa_megatron.config import Recipe
 from ssa_megatron.planning import activations
 from ssa_megatron.planning.shares import Cut, Parameters, cut, parameters
+from ssa_megatron.zero.ds_config import overlaps
 
 ALL_REDUCE_BUCKET = 500_000_000  # elements; DeepSpeed's constant for BF16_Optimizer
 WORKSPACES = 76 * 10**6  # of cuBLAS and others, from the allocator; measured on an H100
@@ -71,6 +72,14 @@ def states(recipe: Recipe, c: Cut, held: Parameters) -> tuple[dict[str, int], in
     return found | optimizer, 0
 
 
+def reduce_buffers(recipe: Recipe, c: Cut) -> int:
+    """Where ZeRO-2 and 3 collect gradients to reduce them: ZeRO-2 fills a second one while the first is under way; bf16 gradients
+    are reduced as an fp32 copy."""
+    elements = recipe.zero.reduce_bucket_mb * 2**20 // 4
+    staged = 2 if recipe.zero.stage == 2 and overlaps(recipe) else 1
+    return (staged * c.element + (4 if c.element == 2 else 0)) * elements
+
+
 def in_flight(recipe: Recipe, c: Cut, stage: int) -> float:
     """Micro-batches of which stage `stage` holds activations at once, under 1F1B or its interleaved form."""
     p = recipe.parallel
@@ -87,7 +96,7 @@ def stage_memory(recipe: Recipe, c: Cut, stage: int) -> Memory:
     resident["libraries' workspaces"] = WORKSPACES if c.element == 2 else 0
     resident["batches of a step"] = c.micro_batches * c.tokens * 25  # tokens, labels, positions; counted
     if recipe.zero.stage > 1:
-        resident["reduce buffers"] = recipe.zero.reduce_bucket_mb * 2**20 * 3 // 2  # in fp32, and staged in bf16
+        resident["reduce buffers"] = reduce_buffers(recipe, c)
     if recipe.zero.stage == 3:
         resident["gathered weights"] = c.element * min(held.count, max(2 * held.largest, LIVE_PARAMETERS))
     last, count = stage == p.pipeline - 1, in_flight(recipe, c, stage)

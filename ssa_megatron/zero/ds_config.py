@@ -2,10 +2,20 @@
 
 Megatron's schedule accumulates micro-batches itself, so DeepSpeed always sees one accumulation step and an unmanaged boundary.
 The bf16 keys select fp32 gradient accumulation and fp32 reduction; without `communication_data_type` the finished fp32
-gradients would be rounded to bf16 on their way through the all-reduce, silently.
+gradients would be rounded to bf16 on their way through the all-reduce, silently. What may overlap does: see `overlaps`.
 """
 
 from ssa_megatron.config import Recipe
+
+
+def overlaps(recipe: Recipe) -> bool:
+    """Whether gradients (and ZeRO-3's weights) travel on a stream of their own while backward goes on.
+
+    Not under ZeRO-1: there gradients are finished after the schedule only, and DeepSpeed asserts that nothing is reduced before.
+    Not with offload, whose copies to the host read the buffers that are reduced: DeepSpeed orders the two by events that nothing
+    here has run on a GPU.
+    """
+    return recipe.zero.stage > 1 and not recipe.zero.offload_optimizer
 
 
 def deepspeed_config(recipe: Recipe) -> dict:
@@ -21,7 +31,7 @@ def deepspeed_config(recipe: Recipe) -> dict:
             "stage": recipe.zero.stage,
             "reduce_bucket_size": bucket,
             "allgather_bucket_size": bucket,
-            "overlap_comm": False,
+            "overlap_comm": overlaps(recipe),
         },
         "steps_per_print": 2**31,
         "wall_clock_breakdown": False,

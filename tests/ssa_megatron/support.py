@@ -1,6 +1,6 @@
 """What several tests here share: a tiny recipe, its rows, and steps made with them."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,6 +87,37 @@ def build(recipe: Recipe, context):
 
     model = build_model(recipe, context)
     return model, ShardedOptimizer(model, recipe, context)
+
+
+@contextmanager
+def changed_deepspeed(change: Callable[[dict], object]) -> Iterator[None]:
+    """Inside, `change` is applied to DeepSpeed's generated configuration."""
+    from ssa_megatron.zero import optimizer as zero
+
+    real = zero.deepspeed_config
+
+    def changed(recipe) -> dict:
+        config = real(recipe)
+        change(config)
+        return config
+
+    zero.deepspeed_config = changed
+    try:
+        yield
+    finally:
+        zero.deepspeed_config = real
+
+
+def small_buckets(config: dict) -> None:
+    """DeepSpeed's sizes as far below a tiny model's as its defaults are below a real one's: gradients fill several buckets, some
+    are larger than one, and ZeRO-3 gathers, prefetches and releases weights. With its defaults nothing of that happens here."""
+    config["zero_optimization"] |= {
+        "reduce_bucket_size": 2500,
+        "allgather_bucket_size": 2500,
+        "stage3_param_persistence_threshold": 1000,
+        "stage3_prefetch_bucket_size": 4000,
+        "stage3_max_live_parameters": 8000,
+    }
 
 
 @contextmanager

@@ -23,6 +23,8 @@ RECIPES = {
     "DeepSpeed accumulates as well": ZERO_2,
     "the accumulation boundary stays off": {},
     "norms under sequence parallelism are not summed": cut(tensor=2, sequence=True),
+    "norms are not summed in each micro-batch": ZERO_2 | cut(tensor=2, sequence=True),
+    "matrices are not marked as cut": cut(tensor=2),
     "a tied embedding's two gradients are not summed": cut(pipeline=2),
     "a tied embedding counts twice in the norm": cut(pipeline=2),
     "gradients are reduced in bf16": BF16,

@@ -18,6 +18,7 @@ UNTIED = {"model.tied_embeddings": False}
 BF16 = {"train.precision": "bf16"}
 ZERO_2 = {"zero.stage": 2}
 ZERO_3 = {"zero.stage": 3}
+OFFLOADED = {"zero.offload_optimizer": True}
 
 
 def kind(name: str) -> dict:
@@ -79,6 +80,8 @@ SLOW_CASES = {
         "PP 2, DP 2": cut(pipeline=2),
         "ZeRO-2, TP 2, SP, DP 2": ZERO_2 | cut(tensor=2, sequence=True),
         "ZeRO-3, TP 2 on one key/value head, DP 2": ZERO_3 | cut(tensor=2) | {"model.num_kv_heads": 1},
+        "ZeRO-2 offloaded, TP 2, SP, DP 2": ZERO_2 | OFFLOADED | cut(tensor=2, sequence=True),
+        "ZeRO-3 offloaded, CP 2, DP 2, bf16": ZERO_3 | OFFLOADED | cut(context=2) | BF16,
         "PP 4": cut(pipeline=4),
         "CP 2, DP 2": cut(context=2),
         "CP 4": cut(context=4),
@@ -90,6 +93,10 @@ SLOW_CASES = {
         "TP 2, SP, PP 2, CP 2": cut(tensor=2, sequence=True, pipeline=2, context=2),
         "TP 2, CP 2, DP 2, bf16": cut(tensor=2, context=2) | BF16,
         "PP 2 interleaved, CP 2, DP 2, full recompute": cut(pipeline=2, chunks=2, context=2, recompute="full"),
+        "PP 4, TP 2, SP, untied": cut(pipeline=4, tensor=2, sequence=True) | UNTIED,
+        "PP 2 interleaved, TP 2, SP, CP 2, selective": cut(2, 2, 2, 2, sequence=True, recompute="selective"),
+        "ZeRO-3, TP 2, SP, CP 2, DP 2": ZERO_3 | cut(tensor=2, sequence=True, context=2),
+        "ZeRO-2, CP 4, DP 2, moba": ZERO_2 | cut(context=4) | kind("moba"),
         "TP 8 on two key/value heads, SP": cut(tensor=8, sequence=True),
     },
 }

@@ -22,7 +22,14 @@ from ssa_megatron.config import Recipe, resolve
 from ssa_megatron.parallel import context as parallel
 from ssa_megatron.parallel.topology import micro_batches
 from ssa_megatron.train.step import draw_batches, forward_backward, reduce_losses
-from tests.ssa_megatron.support import build, global_tensors, gradients_at_step, own_rows
+from tests.ssa_megatron.support import (
+    build,
+    changed_deepspeed,
+    global_tensors,
+    gradients_at_step,
+    own_rows,
+    small_buckets,
+)
 from tests.workers.traps import SPRINGS
 
 STEPS = 3
@@ -70,7 +77,7 @@ def key(case: dict) -> str:
 def run_case(recipe: Recipe, context, trap: str | None = None) -> dict:
     """Losses and norms of the steps, gradients of the first at the optimizer's step, masters after the last."""
     before, after = SPRINGS[trap] if trap else (nullcontext, lambda *_: None)
-    with before():
+    with changed_deepspeed(small_buckets), before():
         model, optimizer = build(recipe, context)
     after(model if isinstance(model, list) else [model], optimizer)
     count = micro_batches(recipe, context.world)
