@@ -110,7 +110,10 @@ class Checkpoint:
         )
 
     def rectangle(self, name: str, kind: str, offset: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
-        """The part of a global tensor that starts at `offset` and has `shape`, whatever pieces it is stored in."""
+        """The part of a global tensor that starts at `offset` and has `shape`, whatever pieces it is stored in.
+
+        Of what is stored only the rows that meet it are read.
+        """
         entry = self._entry(name, kind)
         result = torch.empty(shape, dtype=getattr(torch, entry["dtype"]))
         filled = 0
@@ -119,22 +122,37 @@ class Checkpoint:
             high = [min(a + n, b + m) for a, n, b, m in zip(offset, shape, p_offset, p_shape, strict=True)]
             if any(a >= b for a, b in zip(low, high, strict=True)):
                 continue
-            count, covered = math.prod(p_shape), sum(piece["range"][1] - piece["range"][0] for piece in pieces)
-            if covered != count:
-                raise CheckpointError(f"{self.folder}: {kind} {name} is stored incompletely ({covered} of {count})")
-            # where all of what is stored is asked for, it goes straight to its place, without a second copy
-            whole = (p_offset, p_shape) == (tuple(offset), tuple(shape))
-            stored = result.view(-1) if whole else torch.empty(count, dtype=result.dtype)
-            for piece in pieces:
-                stored[slice(*piece["range"])] = self._read(piece["file"], piece["key"])
+            rows, width = high[0] - low[0], math.prod(p_shape[1:])
+            # where whole rows of the result are stored they go straight to their place, without a second copy
+            whole = (p_offset[1:], p_shape[1:]) == (tuple(offset[1:]), tuple(shape[1:]))
+            place = result[low[0] - offset[0] : high[0] - offset[0]]
+            stored = place.view(-1) if whole else torch.empty(rows * width, dtype=result.dtype)
+            self._fill(stored, (low[0] - p_offset[0]) * width, pieces, f"{kind} {name}")
             if not whole:
-                result[_slices(low, high, offset)] = stored.view(p_shape)[_slices(low, high, p_offset)]
+                result[_slices(low, high, offset)] = stored.view(rows, *p_shape[1:])[
+                    _slices(low, high, (low[0], *p_offset[1:]))
+                ]
             filled += math.prod(b - a for a, b in zip(low, high, strict=True))
         if filled != result.numel():
             raise CheckpointError(
                 f"{self.folder}: {kind} {name} covers {filled} of {result.numel()} requested elements"
             )
         return result
+
+    def _fill(self, stored: Tensor, first: int, pieces: list[dict], name: str) -> None:
+        """Elements `first .. first + len(stored)` of a stored rectangle, whose pieces must follow one another."""
+        at, last = first, first + len(stored)
+        for piece in sorted(pieces, key=lambda piece: piece["range"]):
+            begin, end = piece["range"]
+            low, high = max(begin, first), min(end, last)
+            if low >= high:
+                continue
+            if low != at:
+                break  # a gap, or a piece twice: what is between would be whatever memory held
+            stored[low - first : high - first] = self._read(piece, low - begin, high - begin)
+            at = high
+        if at != last:
+            raise CheckpointError(f"{self.folder}: {name} is stored incompletely (elements {at}..{last} are missing)")
 
     def digest(self, kinds: tuple[str, ...] = ("master", "exp_avg", "exp_avg_sq")) -> str:
         """sha256 (hex) over whole tensors in canonical order: equal for equal contents, whatever topology wrote them."""
@@ -150,11 +168,19 @@ class Checkpoint:
             raise CheckpointError(f"{self.folder} holds no tensor {name!r}", remedy="it was trained with another model")
         return kinds[kind] if kind in kinds or kind != "weight" else kinds["master"]
 
-    def _read(self, file: str, key: str) -> Tensor:
+    def _read(self, piece: dict, first: int, last: int) -> Tensor:
+        file, key, (begin, end) = piece["file"], piece["key"], piece["range"]
+        if file not in self.content.files:  # then nobody has verified it
+            raise CheckpointError(f"{self.folder}: {key} lies in {file}, which the manifest does not list")
         try:
             if file not in self._open:
                 self._open[file] = safe_open(self.folder / file, framework="pt")
-            return self._open[file].get_tensor(key)
+            found = self._open[file].get_slice(key)
+            if found.get_shape() != [end - begin]:
+                raise CheckpointError(
+                    f"{self.folder / file}: {key} has shape {found.get_shape()}, the manifest says {end - begin} elements"
+                )
+            return found[first:last]
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{self.folder / file}: {key} cannot be read ({error})") from None
 
@@ -214,15 +240,17 @@ def _bit_sum(values: Tensor) -> int:
 
 
 def _fragment_values(checkpoint: Checkpoint, fragment, kind: str) -> Iterator[tuple[slice, Tensor]]:
+    """(where in the fragment, values) of each block that it meets; only the rows of the block that hold them are read."""
     for block in fragment.named.blocks:
         first = max(fragment.start, block.start)
         last = min(fragment.start + fragment.numel, block.start + block.numel)
         if first < last:
-            here, there = (
-                slice(first - fragment.start, last - fragment.start),
-                slice(first - block.start, last - block.start),
-            )
-            yield here, checkpoint.rectangle(block.name, kind, block.offset, block.shape).view(-1)[there]
+            width = math.prod(block.shape[1:])
+            top, bottom = (first - block.start) // width, -(-(last - block.start) // width)
+            rows = (block.offset[0] + top, *block.offset[1:]), (bottom - top, *block.shape[1:])
+            start = block.start + top * width
+            values = checkpoint.rectangle(block.name, kind, *rows).view(-1)[first - start : last - start]
+            yield slice(first - fragment.start, last - fragment.start), values
 
 
 def _by_rectangle(pieces: list[dict]) -> dict[tuple, list[dict]]:

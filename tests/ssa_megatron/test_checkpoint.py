@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import json
+import math
 import os
 import resource
 import shutil
@@ -16,7 +17,7 @@ from safetensors.torch import load_file
 
 from ssa_megatron.checkpoint import writer
 from ssa_megatron.checkpoint.manifest import Manifest, committed
-from ssa_megatron.checkpoint.reader import Checkpoint, load_into, newest_valid
+from ssa_megatron.checkpoint.reader import Checkpoint, _fragment_values, load_into, newest_valid
 from ssa_megatron.checkpoint.stream import write_safetensors
 from ssa_megatron.checkpoint.writer import prune, save_checkpoint
 from ssa_megatron.config import digest
@@ -306,6 +307,74 @@ def test_pieces_that_do_not_cover_a_tensor_are_noticed(run):
     (folder / "manifest.json").write_text(replace(manifest).to_json())
     with pytest.raises(CheckpointError, match=r"master model\.norm\.weight covers 0 of 32"):
         Checkpoint.open(run).tensor("model.norm.weight", "master")
+
+
+def _edited(run: Path, change) -> Checkpoint:
+    """The newest checkpoint after `change` of its manifest's tensors, which then still matches its own sha256."""
+    folder = run / "checkpoints" / "step-00000003"
+    manifest = Manifest.read(folder)
+    change(manifest.tensors)
+    (folder / "manifest.json").write_text(manifest.to_json())
+    return Checkpoint.open(run)
+
+
+def _twice_the_first_half(tensors) -> None:
+    pieces = tensors["model.norm.weight"]["master"]["pieces"]
+    pieces[0]["range"] = [0, 16]
+    pieces.append(dict(pieces[0]))  # as many elements as the tensor has
+
+
+def _of_an_unlisted_file(tensors) -> None:
+    tensors["model.norm.weight"]["master"]["pieces"][0]["file"] = "../step-00000002/" + SHARE
+
+
+def _of_another_length(tensors) -> None:
+    pieces = tensors["model.norm.weight"]["master"]["pieces"]
+    pieces[0]["key"] = "master/model.embed_tokens.weight#0"
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (_twice_the_first_half, r"manifest says 16 elements"),
+        (_of_an_unlisted_file, r"which the manifest does not list"),
+        (_of_another_length, r"has shape \[1696\], the manifest says 32 elements"),
+    ],
+)
+def test_a_manifest_that_contradicts_its_files_is_refused_not_read_as_whatever_memory_held(run, change, says):
+    with pytest.raises(CheckpointError, match=says):
+        _edited(run, change).tensor("model.norm.weight", "master")
+
+
+def test_pieces_that_overlap_and_leave_a_gap_are_noticed_although_their_elements_add_up(run):
+    checkpoint = Checkpoint.open(run)
+    pieces = [{"range": [0, 16]}, {"range": [0, 16]}]
+    checkpoint._read = lambda piece, first, last: torch.zeros(last - first)
+    with pytest.raises(CheckpointError, match=r"elements 16\.\.32 are missing"):
+        checkpoint._fill(torch.empty(32), 0, pieces, "master x")
+
+
+def test_a_rank_reads_the_rows_it_keeps_and_not_the_whole_tensor(written, trained, monkeypatch):
+    """With many data-parallel ranks, each of which owns a small range, a load would else read the model once a rank."""
+    _, optimizer, _ = trained
+    checkpoint, read = Checkpoint.open(written), []
+    real = Checkpoint._read
+
+    def counted(self, piece, first, last):
+        read.append(last - first)
+        return real(self, piece, first, last)
+
+    monkeypatch.setattr(Checkpoint, "_read", counted)
+    for fragment in optimizer.fragments():
+        whole = torch.cat([fragment.master])
+        for first in range(0, fragment.numel, 700):
+            share = replace(fragment, start=fragment.start + first, numel=min(700, fragment.numel - first))
+            read.clear()
+            found = list(_fragment_values(checkpoint, share, "master"))
+            for place, values in found:
+                assert torch.equal(values, whole[first : first + share.numel][place])
+            width = max(math.prod(block.shape[1:]) for block in fragment.named.blocks)
+            assert sum(read) < share.numel + 2 * width * len(found)
 
 
 # ------------------------------------------------------------------------------------------------------ failed saves
