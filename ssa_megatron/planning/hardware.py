@@ -24,15 +24,23 @@ class Hardware:
     bandwidth: float
     """Bytes/s that element-wise kernels reach."""
     dense: tuple[tuple[int, float], ...]
-    """(head width, FLOP/s) of causal attention, forward and backward."""
-    dense_documents: float
-    """The same with documents in a row, as a share of it."""
+    """(head width, FLOP/s) of causal attention in the vendor's kernel, forward and backward."""
+    own: float
+    """Rate of our dense kernel, which takes documents and context parallelism, as a share of the vendor's."""
     select: float
     """Seconds per token, key/value head and selected key channel (block_size * block_count * head_dim), both passes."""
-    stream: float
-    """Seconds per token and query channel of the sparse stream, gate and loss, both passes."""
+    pick: float
+    """Seconds per token and key/value head: choosing its blocks."""
+    stream: tuple[tuple[int, float], ...]
+    """(head width, seconds per token and query channel) of the sparse stream, both passes."""
+    gate: float
+    """Seconds per token and query channel: gate and alignment loss, both passes."""
     route: float
     """Seconds per token, query head and token of context: routing."""
+    one_pass: float
+    """Both streams in one pass, as a multiple of our dense kernel's time."""
+    gather: float
+    """Seconds per token, query head and selected key channel, which remain to be gathered beside that pass."""
     node: int = 8
     """GPUs that share the fast links."""
     link: float = 350e9
@@ -42,6 +50,8 @@ class Hardware:
     assumed: tuple[str, ...] = ("link", "network", "node")
 
 
+# Attention: fitted to the medians of kernels/README.md, "Measured" (86a8313, one H100 80GB HBM3, torch 2.11, Triton 3.6,
+# `python -m kernels.bench --runs 3`); test_planning_measured.py has those rows. The rest: training runs of measured-h100.jsonl.
 _H100 = Hardware(
     name="h100",
     memory=int(79.1 * 2**30),
@@ -50,10 +60,14 @@ _H100 = Hardware(
     matmul=620e12,
     bandwidth=2.4e12,
     dense=((64, 410e12), (128, 545e12)),
-    dense_documents=0.64,
-    select=1.38e-12,
-    stream=4.0e-11,
-    route=5.3e-14,
+    own=0.9,
+    select=1.26e-12,
+    pick=4.0e-9,
+    stream=((64, 1.53e-11), (128, 3.4e-11)),
+    gate=5.5e-12,
+    route=4.2e-14,
+    one_pass=1.36,
+    gather=1.28e-13,
 )
 
 TABLE = {gpu.name: gpu for gpu in (_H100,)}

@@ -100,7 +100,7 @@ def ranked(candidates: list[Candidate]) -> list[Candidate]:
 
 
 def _order(candidate: Candidate) -> tuple[float, int]:
-    return round(candidate.speed.seconds, 4), candidate.needed
+    return float(f"{candidate.speed.seconds:.6g}"), candidate.needed
 
 
 def changes(old: Recipe, new: Recipe) -> list[str]:

@@ -4,13 +4,16 @@ Tensor-parallel ranks of a stage hold equally much (the vocabulary is padded to 
 embedding and the output layer. It refuses nothing: ask `parallel.topology.check` first.
 """
 
+import math
 from dataclasses import dataclass
 
 from ssa_megatron.config import Recipe
 from ssa_megatron.model.shapes import GATES, padded_vocab_size
 from ssa_megatron.parallel import topology
 
-ONE_PASS = 128  # DUAL_ALONE of kernels/triton_config.py, which imports torch
+# Copies of constants of kernels/triton_config.py, which imports torch; a test compares them
+VENDOR_TOKENS = {64: 16384, 128: 0}
+DUAL_ALONE, DUAL_DOCUMENTS = 128, 256
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,8 @@ class Cut:
     micro_batches: int
     vendor: bool
     """Dense attention runs in the vendor's kernel, which knows no documents, and no query places."""
+    one_pass: bool
+    """Both streams of `ssa` share one pass over the keys, as small query groups do."""
 
 
 def cut(recipe: Recipe, world: int, *, document: int | None = None) -> Cut:
@@ -53,6 +58,8 @@ def cut(recipe: Recipe, world: int, *, document: int | None = None) -> Cut:
     row = train.sequence_length * train.micro_batch_rows
     tokens = row // p.context
     kv_heads = max(1, m.num_kv_heads // p.tensor)
+    documents = (document or train.sequence_length) < train.sequence_length
+    one_pass = _one_pass(recipe, m.num_heads // p.tensor // kv_heads, documents)
     return Cut(
         element=2 if train.precision == "bf16" else 4,
         hidden=m.hidden_size,
@@ -70,19 +77,26 @@ def cut(recipe: Recipe, world: int, *, document: int | None = None) -> Cut:
         layers=m.num_layers // p.pipeline,
         shards=data * p.context,
         micro_batches=topology.micro_batches(recipe, world),
-        vendor=(document or train.sequence_length) >= train.sequence_length and _vendor_attends(recipe),
+        vendor=not documents and not one_pass and _vendor_attends(recipe),
+        one_pass=one_pass,
     )
 
 
 def _vendor_attends(recipe: Recipe) -> bool:
     """Whether rows of one document go to the vendor's kernel (kernels/triton_backend.py)."""
-    a, m, train = recipe.attention, recipe.model, recipe.train
-    group = m.num_heads // m.num_kv_heads
-    in_one_pass = (
-        a.kind == "ssa" and group <= 8 and train.sequence_length * group <= ONE_PASS * a.block_size * a.block_count
-    )
-    takes = train.precision == "bf16" and a.backend != "torch" and m.head_dim in (64, 128)
-    return takes and recipe.parallel.context == 1 and not in_one_pass
+    m, train = recipe.model, recipe.train
+    takes = train.precision == "bf16" and recipe.attention.backend != "torch" and not train.deterministic
+    enough = train.micro_batch_rows * train.sequence_length >= VENDOR_TOKENS.get(m.head_dim, math.inf)
+    return takes and enough and recipe.parallel.context == 1
+
+
+def _one_pass(recipe: Recipe, group: int, documents: bool) -> bool:
+    """kernels/triton_config.py: dual()."""
+    a = recipe.attention
+    fits = a.kind == "ssa" and a.backend != "torch" and recipe.parallel.context == 1 and group <= 8
+    fits = fits and a.block_size in (16, 32, 64, 128) and recipe.model.head_dim <= 128
+    bound = (DUAL_DOCUMENTS if documents else DUAL_ALONE) * a.block_size * a.block_count
+    return fits and recipe.train.sequence_length * group <= bound
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ RESIDUAL_BYTES = 20  # per channel of a layer
 LOSS_BYTES = 54  # per logit
 ACCUMULATE_BYTES = 18  # per parameter and micro-batch: a bf16 gradient cast and added to fp32
 UPDATE_BYTES = 56  # per parameter and step: norm, clipping, AdamW, working copy, zeroing
-EDGE_KEYS = 512  # of tiles that lie across a document's edge: computed and masked
+EDGE_KEYS = 340  # of tiles of our dense kernel that lie across an edge of what a row sees: computed and masked
 FORWARD_SHARE = 1 / 3  # of element-wise traffic and attention, that recomputation repeats
 
 
@@ -103,41 +103,45 @@ def _stage_parts(
     }
     for t in traffic(recipe, world, stage):
         name = {"data": "data-parallel"}.get(t.group, f"{t.group}-parallel")
-        parts[name] = parts.get(name, 0.0) + t.wire / bandwidth(recipe, t, gpu)
+        parts[name] = parts.get(name, 0.0) + t.wire / bandwidth(recipe, t, world, gpu)
     return parts
 
 
 def attention(recipe: Recipe, c: Cut, gpu: Hardware, document: int | None) -> float:
     """Seconds of one token in one layer, forward and backward, on this rank's heads."""
-    a, m = recipe.attention, recipe.model
-    length = recipe.train.sequence_length
-    seen = min(document or length, length)
-    width = m.head_dim
-    rate = min(gpu.dense, key=lambda row: abs(row[0] - width))[1]
-    edge = 0
-    if seen < length or recipe.parallel.context > 1:
-        rate, edge = rate * gpu.dense_documents, EDGE_KEYS
-    chosen = min(a.block_size * a.block_count, seen)
+    a, width = recipe.attention, recipe.model.head_dim
+    seen = min(document or recipe.train.sequence_length, recipe.train.sequence_length)
+    chosen = min(a.block_size * a.block_count, seen) * width
 
-    def dense(keys: float) -> float:  # 3.5 times the forward's two products over half of the keys
-        return 3.5 * 2 * (keys + edge) * c.query / rate
+    def dense(keys: float, vendor: bool = False) -> float:  # 3.5 times the forward's two products over half of the keys
+        rate, edge = (1.0, 0) if vendor else (gpu.own, EDGE_KEYS)
+        return 3.5 * 2 * (keys + edge) * c.query / (rate * _of_width(gpu.dense, width))
 
-    sparse = c.kv_heads * chosen * width * gpu.select + c.query * gpu.stream + c.heads * seen * gpu.route
-    return {
-        "full": dense(seen),
+    routed = c.heads * seen * gpu.route + c.kv_heads * gpu.pick
+    sparse = routed + c.kv_heads * chosen * gpu.select + c.query * _of_width(gpu.stream, width)
+    if a.kind == "ssa":
+        apart = dense(seen, c.vendor) + sparse
+        together = gpu.one_pass * dense(seen) + routed + c.heads * chosen * gpu.gather
+        return (together if c.one_pass else apart) + c.query * gpu.gate
+    kinds = {
+        "full": dense(seen, c.vendor),
         "moba": sparse,
-        "ssa": dense(seen) + sparse,
         "nsa": sparse + dense(2 * min(a.window, seen)) + dense(seen / a.block_size),
-    }[a.kind] + 2 * GATES[a.kind] * c.query * 20 / gpu.bandwidth
+    }
+    return kinds[a.kind] + 2 * GATES[a.kind] * c.query * 20 / gpu.bandwidth  # gates are element-wise kernels there
 
 
-def bandwidth(recipe: Recipe, t: Traffic, gpu: Hardware) -> float:
+def _of_width(rows: tuple[tuple[int, float], ...], width: int) -> float:
+    return min(rows, key=lambda row: abs(row[0] - width))[1]
+
+
+def bandwidth(recipe: Recipe, t: Traffic, world: int, gpu: Hardware) -> float:
     """Bytes/s of a group: the fast links while its ranks share a node; ranks are laid out tensor, context, data, pipeline."""
     p = recipe.parallel
     reach = {
         "tensor": p.tensor,
         "context": p.tensor * p.context,
         "data": p.tensor * t.ranks,
-        "pipeline": gpu.node + 1,
+        "pipeline": world,
     }[t.group]
     return gpu.link if reach <= gpu.node else gpu.network

@@ -165,6 +165,16 @@ def test_faster_links_shorten_the_step(capsys):
     assert seconds[0] == pytest.approx(4 * seconds[1])
 
 
+def test_stages_of_one_node_send_over_its_links_and_stages_of_two_over_the_network(capsys):
+    recipe = load_recipe("ssa-1b", ["parallel.pipeline=2", "train.eval_interval=0"])
+    for world, option, faster in ((8, "link_gbytes", 2), (8, "network_gbytes", 1), (16, "network_gbytes", 2)):
+        seconds = []
+        for gbytes in (10, 20):
+            plan(recipe, world, top=0, as_json=True, **{option: gbytes})
+            seconds.append(json.loads(capsys.readouterr().out)["time"]["pipeline-parallel"])
+        assert seconds[0] == pytest.approx(faster * seconds[1])
+
+
 def test_an_unknown_gpu_is_refused():
     with pytest.raises(ConfigError, match="--gpu tpu") as refused:
         plan(load_recipe("demo"), 1, gpu="tpu")
