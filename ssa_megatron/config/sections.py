@@ -5,7 +5,7 @@ sections owe each other (heads against groups, rows against micro-batches) is ch
 checked by `parallel/topology.py`.
 """
 
-from typing import Literal
+from typing import Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -19,7 +19,9 @@ class Section(BaseModel):
     @classmethod
     def _no_truth_for_a_number(cls, value, info):
         # pydantic reads true as 1, and a run of one step is not what anybody meant
-        if isinstance(value, bool) and cls.model_fields[info.field_name].annotation in (int, float):
+        annotation = cls.model_fields[info.field_name].annotation
+        kinds = get_args(annotation) or (annotation,)  # int | None, Literal[1, 2, 3]
+        if isinstance(value, bool) and any(kind in (int, float) or type(kind) is int for kind in kinds):
             raise ValueError("Input should be a number, not a truth value")
         return value
 

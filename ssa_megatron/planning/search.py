@@ -18,6 +18,7 @@ from ssa_megatron.planning.speed import Speed, speed
 
 SLACK = 0.04  # of allocated bytes: what the caching allocator holds beyond them; 1 to 9 % in our runs
 FEWEST_TOKENS = 1024  # of a row on one context-parallel rank
+NEAR = 4096  # copies of the model, by which another number of processes may differ to be offered
 
 
 @dataclass(frozen=True)
@@ -167,12 +168,13 @@ def _other_batches(recipe: Recipe, world: int) -> Iterator[Recipe]:
 
 
 def _other_worlds(recipe: Recipe, world: int) -> list[int]:
-    """The nearest smaller and the nearest larger number of processes that can run the recipe as it is."""
+    """The nearest smaller and the nearest larger number of processes that can run the recipe as it is, if they are near."""
     ranks = topology.model_ranks(recipe)
-    fewer = range(max(0, world - 1) // ranks * ranks, 0, -ranks)
-    more = range((world // ranks + 1) * ranks, 2 * world + ranks + 1, ranks)
-    found = (
-        next((w for w in sizes if not any(rule.broken(recipe, w) for rule in topology.RULES)), None)
-        for sizes in (fewer, more)
-    )
-    return [w for w in found if w]
+    below = max(0, world - 1) // ranks * ranks
+    fewer = range(below, max(0, below - NEAR * ranks), -ranks)
+    more = range((world // ranks + 1) * ranks, min(2 * world, world + NEAR * ranks) + ranks + 1, ranks)
+
+    def runs(size: int) -> bool:
+        return not any(rule.broken(recipe, size) for rule in topology.RULES)
+
+    return [size for size in (next(filter(runs, sizes), None) for sizes in (fewer, more)) if size]

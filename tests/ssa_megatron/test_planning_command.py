@@ -95,6 +95,15 @@ def test_seven_processes_for_a_batch_of_128_rows_are_told_what_would_do():
     assert refused.value.remedy.endswith("as it is, legal for 4 or 8")
 
 
+@pytest.mark.timeout(60)
+def test_a_hundred_million_processes_are_refused_as_soon_as_seven():
+    with pytest.raises(ConfigError, match="not possible for 99999999 process") as refused:
+        search.check(
+            load_recipe("ssa-1b", ["train.eval_interval=0"]), 99_999_999, H100
+        )  # looked for neighbours for minutes
+    assert "train.global_batch_rows=99999999" in refused.value.remedy
+
+
 @pytest.mark.parametrize("option", ["memory_gib", "link_gbytes", "network_gbytes"])
 @pytest.mark.parametrize("value", [0, -3, float("nan"), float("inf")])
 def test_a_size_that_is_none_is_refused_instead_of_planned_with(option, value):

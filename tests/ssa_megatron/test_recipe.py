@@ -110,6 +110,8 @@ REFUSED = {
     ),
     "text for a number": (["train.steps=many"], ["train.steps", "'many'"]),
     "no steps": (["train.steps=0"], ["train.steps", "greater than or equal to 1", "got 0"]),
+    "a stage that is true": (["zero.stage=true"], ["zero.stage", "not a truth value", "True"]),
+    "an optional number that is true": (["data.cache_limit=true"], ["data.cache_limit", "not a truth value", "True"]),
     "half a step": (["train.steps=1.5"], ["train.steps", "1.5"]),
     "unknown attention": (["attention.kind=linear"], ["attention.kind", "'full', 'moba', 'nsa' or 'ssa'", "'linear'"]),
     "a probability above 1": (["attention.sparse_probability=1.5"], ["attention.sparse_probability", "1.5"]),
