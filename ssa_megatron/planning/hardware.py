@@ -47,7 +47,11 @@ class Hardware:
     """Bytes/s a GPU sends within a node, in large collectives."""
     network: float = 40e9
     """Bytes/s a GPU sends between nodes."""
-    assumed: tuple[str, ...] = ("link", "network", "node")
+    host: float = 25e9
+    """Bytes/s of host memory that one rank's offloaded update reaches, beside the other ranks of its node."""
+    host_link: float = 25e9
+    """Bytes/s between a GPU and its host."""
+    assumed: tuple[str, ...] = ("link", "network", "node", "host", "host_link")
 
 
 # Attention: fitted to the medians of kernels/README.md, "Measured" (86a8313, one H100 80GB HBM3, torch 2.11, Triton 3.6,

@@ -150,11 +150,16 @@ def _time(plan: Candidate, gpu: Hardware) -> str:
     days = train.steps * s.seconds / 86400
     tokens = train.steps * s.tokens
     lines.append(f"  the run: {train.steps:,} steps, {tokens / 1e9:,.1f} billion tokens, {days:,.1f} days")
+    assumed = []
     if plan.world > 1:
-        lines.append(
-            f"  assumed, not measured: {gpu.link / 1e9:.0f} GB/s within a node of {gpu.node}, "
-            f"{gpu.network / 1e9:.0f} GB/s between nodes; no communication is hidden behind computation"
-        )
+        assumed += [
+            f"{gpu.link / 1e9:.0f} GB/s within a node of {gpu.node}, {gpu.network / 1e9:.0f} GB/s between nodes"
+        ]
+    if plan.recipe.zero.offload_optimizer:
+        assumed += [f"{gpu.host / 1e9:.0f} GB/s of host memory and {gpu.host_link / 1e9:.0f} GB/s to it, a rank"]
+    if assumed:
+        hidden = "; no communication is hidden behind computation" if plan.world > 1 else ""
+        lines.append(f"  assumed, not measured: {', '.join(assumed)}{hidden}")
     return "\n".join(lines)
 
 

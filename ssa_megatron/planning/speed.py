@@ -99,12 +99,20 @@ def _stage_parts(
         "linear layers": flops / gpu.matmul * (1 if c.element == 2 else 2),
         "element-wise": moved * scale / gpu.bandwidth,
         "attention": tokens * c.layers * attention(recipe, c, gpu, document) * (1 + FORWARD_SHARE * core_again),
-        "optimizer": (ACCUMULATE_BYTES * times + UPDATE_BYTES / c.shards) * held.count / gpu.bandwidth,
+        "optimizer": ACCUMULATE_BYTES * times * held.count / gpu.bandwidth + update(recipe, c, held.count, gpu),
     }
     for t in traffic(recipe, world, stage):
         name = {"data": "data-parallel"}.get(t.group, f"{t.group}-parallel")
         parts[name] = parts.get(name, 0.0) + t.wire / bandwidth(recipe, t, world, gpu)
     return parts
+
+
+def update(recipe: Recipe, c: Cut, count: int, gpu: Hardware) -> float:
+    """Seconds of AdamW on this rank's share of `count` parameters; offloaded, gradients go to the host and weights come back."""
+    share = count / c.shards
+    if not recipe.zero.offload_optimizer:
+        return UPDATE_BYTES * share / gpu.bandwidth
+    return UPDATE_BYTES * share / gpu.host + (4 + c.element) * share / gpu.host_link
 
 
 def attention(recipe: Recipe, c: Cut, gpu: Hardware, document: int | None) -> float:

@@ -184,6 +184,18 @@ def test_stages_of_one_node_send_over_its_links_and_stages_of_two_over_the_netwo
         assert seconds[0] == pytest.approx(faster * seconds[1])
 
 
+def test_an_update_in_host_memory_is_not_planned_at_the_gpus_speed(capsys):
+    times = []
+    for offloaded in (False, True):
+        recipe = load_recipe("ssa-1b", ["zero.stage=2", f"zero.offload_optimizer={offloaded}", "train.eval_interval=0"])
+        plan(recipe, 2, top=0, as_json=True)
+        times.append(json.loads(capsys.readouterr().out)["time"]["optimizer"])
+        plan(recipe, 2, top=0)
+        assert ("of host memory" in capsys.readouterr().out) == offloaded
+    share = 1_210_000_000 / 2
+    assert times[1] - times[0] == pytest.approx(share * (56 / H100.host + 6 / H100.host_link), rel=0.05)
+
+
 def test_an_unknown_gpu_is_refused():
     with pytest.raises(ConfigError, match="--gpu tpu") as refused:
         plan(load_recipe("demo"), 1, gpu="tpu")
