@@ -78,8 +78,8 @@ class PendingCheckpoint:
             share = [(name, writing.result(), pieces) for name, pieces, writing in self._files]
         except Exception as problem:  # told below, on all ranks: none of them may wait for the others
             error = f"rank {context.rank}: {problem}"
-        shares = context.gather((error, share))
-        error = next((e for e, _ in shares if e), None)
+        error = next((e for e in context.gather(error) if e), None)
+        shares = context.collect(share) if error is None else []
         if context.is_writer and error is None:
             try:
                 about = {
@@ -87,7 +87,7 @@ class PendingCheckpoint:
                     "recipe": self._recipe.model_dump(mode="json"),
                     "recipe_digest": digest(self._recipe),
                 }
-                manifest = Manifest(**about, **_merge([file for _, share in shares for file in share]))
+                manifest = Manifest(**about, **_merge([file for share in shares for file in share]))
                 commit(self._temporary, self._final, manifest)
             except OSError as problem:
                 error = f"rank 0: {problem}"

@@ -113,6 +113,12 @@ class ParallelContext:
         dist.all_gather_object(values, value, group=self.host_group)
         return values
 
+    def collect(self, value: Any) -> list[Any]:
+        """Every rank's `value` in rank order, on the writer rank; nothing on the others, which have no use for a copy."""
+        values = [None] * self.world if self.is_writer else None
+        dist.gather_object(value, values, dst=0, group=self.host_group)
+        return values or []
+
     def most(self, *values: int) -> list[int]:
         """For each value the largest that a rank has; the same answer on all."""
         box = torch.tensor(values, dtype=torch.int64)
@@ -180,10 +186,7 @@ def initialize(recipe: Recipe) -> ParallelContext:
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1", MASTER_ADDR="127.0.0.1")
         os.environ["MASTER_PORT"] = str(_free_port())
-    if recipe.parallel.tensor > 1:
-        # megatron-core's linear layers hide the communication of their backward behind the weight's gradient, which works
-        # where a GPU starts kernels in the order they were given; read when CUDA starts, so it comes before adapt()
-        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    _order_kernels(recipe)
     cpu.adapt()
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
@@ -232,6 +235,15 @@ def initialize(recipe: Recipe) -> ParallelContext:
         model_group=parallel_state.get_model_parallel_group(),
         host_group=dist.new_group(backend="gloo", timeout=TIMEOUT),
     )
+
+
+def _order_kernels(recipe: Recipe) -> None:
+    """Before CUDA starts, which reads it: with tensor parallelism a GPU starts kernels in the order they were given.
+
+    megatron-core's linear layers rely on it to hide the communication of their backward behind the weight's gradient.
+    """
+    if recipe.parallel.tensor > 1:
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
 
 
 def finalize() -> None:

@@ -5,8 +5,9 @@ import json
 import pytest
 
 from ssa_megatron.checkpoint.reader import Checkpoint
+from ssa_megatron.parallel import topology
 from tests.launch import run
-from tests.workers.checkpoint_exchange import LOADS, NAMES, PLACES, PRECISIONS, recipe_of, visit
+from tests.workers.checkpoint_exchange import CHAIN, LOADS, NAMES, PLACES, PRECISIONS, recipe_of, visit
 
 pytestmark = pytest.mark.timeout(1500)  # the first test waits for every launch
 KINDS = ("weight", "master", "exp_avg", "exp_avg_sq")
@@ -15,8 +16,9 @@ WORKER = "tests.workers.checkpoint_exchange"
 
 
 def _slow(*places: str):
-    """Four processes on two cores, and launches of two once more for what they wrote, take minutes."""
-    return pytest.param(*places, marks=pytest.mark.slow if any(PLACES[place][0] > 2 for place in places) else ())
+    """Four and eight processes on two cores, and launches of two once more for what they wrote, take minutes."""
+    large = any(place not in PLACES or PLACES[place][0] > 2 for place in places)
+    return pytest.param(*places, marks=pytest.mark.slow if large else ())
 
 
 def _asked_for(request) -> set:
@@ -35,6 +37,8 @@ def exchange(request, alone, tmp_path_factory):
     for processes in (*sorted(larger), *sorted(larger)[:-1]):
         run(processes, WORKER, str(root), timeout=900)
     visit(root, "one", alone, results)
+    if 8 in larger:  # the end of the chain
+        run(2, WORKER, str(root), timeout=900)
     for processes in larger:
         results |= json.loads((root / f"{processes}.json").read_text())
     return root, results
@@ -58,6 +62,16 @@ def test_the_step_after_a_load_is_the_one_that_would_have_followed(exchange, pre
     _, results = exchange
     expected = results[f"{precision}-{source}"]
     assert results[f"{precision}-{source}-to-{place}"] == pytest.approx(expected, rel=TOLERANCE[precision])
+
+
+def test_the_chain_is_the_one_that_is_promised_and_each_link_begins_where_the_one_before_ended():
+    """TP 2 x PP 2 x DP 2 with ZeRO-1 -> DP 2 with ZeRO-3 -> one process -> CP 2; its links are among LOADS, tested above."""
+    assert [place for _, place in CHAIN] == ["dp2 ZeRO-3", "one", "cp2"]
+    assert [source for source, _ in CHAIN[1:]] == [f"{source}-to-{place}" for source, place in CHAIN[:-1]]
+    assert set(CHAIN) <= set(LOADS)
+    recipe = recipe_of("fp32", CHAIN[0][0])
+    assert (recipe.parallel.tensor, recipe.parallel.pipeline, recipe.zero.stage) == (2, 2, 1)
+    assert topology.data_parallel_size(recipe, PLACES[CHAIN[0][0]][0]) == 2
 
 
 @pytest.mark.parametrize("place", [_slow(place) for place in NAMES[1:]])

@@ -16,7 +16,7 @@ from ssa_megatron.checkpoint.reader import load_into, newest_valid
 from ssa_megatron.checkpoint.writer import PendingCheckpoint, save_checkpoint
 from ssa_megatron.parallel import context as parallel
 from ssa_megatron.train.step import train_step
-from tests.ssa_megatron.support import build, own_rows, take_steps, tiny
+from tests.ssa_megatron.support import build, changed_deepspeed, own_rows, small_buckets, take_steps, tiny
 
 STEPS = 3
 PRECISIONS = ("fp32", "bf16")
@@ -29,7 +29,7 @@ PLACES = {  # a place: processes, and what its recipe says; a new row is saved, 
     "dp2 ZeRO-3": (2, {"zero__stage": 3}),
     "tp2": (2, {"parallel__tensor": 2}),
     "pp2": (2, {"parallel__pipeline": 2}),
-    "cp2 ZeRO-3": (2, {"parallel__context": 2, "zero__stage": 3}),
+    "cp2": (2, {"parallel__context": 2}),
     "tp2 sequence ZeRO-3": (2, {**SEQUENCE, "zero__stage": 3}),
     "tp2xdp2": (4, {"parallel__tensor": 2}),
     "tp2xpp2 sequence": (4, {**SEQUENCE, "parallel__pipeline": 2}),
@@ -37,12 +37,20 @@ PLACES = {  # a place: processes, and what its recipe says; a new row is saved, 
     "cp2xpp2 interleaved": (4, {"parallel__context": 2, "parallel__pipeline": 2, "parallel__virtual_pipeline": 2}),
     "tp2xdp2 sequence ZeRO-2": (4, {**SEQUENCE, "zero__stage": 2}),
     "tp2xdp2 sequence ZeRO-3": (4, {**SEQUENCE, "zero__stage": 3, "train__recompute": "selective"}),
+    "cp2xdp2 ZeRO-3": (4, {"parallel__context": 2, "zero__stage": 3}),
+    "tp2xpp2xdp2": (8, {"parallel__tensor": 2, "parallel__pipeline": 2}),
 }
 NAMES = list(PLACES)
-LOADS = sorted(  # from one process to every place and back, and from every place to the next
+CHAIN = [  # what the one before has loaded and saved again is loaded by the next
+    ("tp2xpp2xdp2", "dp2 ZeRO-3"),
+    ("tp2xpp2xdp2-to-dp2 ZeRO-3", "one"),
+    ("tp2xpp2xdp2-to-dp2 ZeRO-3-to-one", "cp2"),
+]
+LOADS = sorted(  # from one process to every place and back, from every place to the next, and the chain
     {("one", place) for place in NAMES[1:]}
     | {(place, "one") for place in NAMES[1:]}
     | set(zip(NAMES[1:], [*NAMES[2:], NAMES[1]], strict=True))
+    | set(CHAIN)
 )
 
 
@@ -59,7 +67,8 @@ def recipe_of(precision: str, place: str):
 def train_and_save(root: Path, precision: str, place: str, context) -> list[float]:
     """[loss, gradient norm] of the step during which the checkpoint of the one before it was written."""
     recipe = recipe_of(precision, place)
-    model, optimizer = build(recipe, context)
+    with changed_deepspeed(small_buckets):
+        model, optimizer = build(recipe, context)
     take_steps(model, optimizer, recipe, context, 0, STEPS)
     said = []
     state = {"applied_steps": optimizer.applied_steps}
@@ -82,7 +91,8 @@ def train_and_save(root: Path, precision: str, place: str, context) -> list[floa
 def load_and_save(root: Path, precision: str, source: str, place: str, context) -> list[float]:
     """[loss, gradient norm] of the step that follows the load."""
     recipe = recipe_of(precision, place)
-    model, optimizer = build(recipe, context)
+    with changed_deepspeed(small_buckets):
+        model, optimizer = build(recipe, context)
     checkpoint, rejected = newest_valid(root / f"{precision}-{source}", context)
     assert rejected == []
     state = checkpoint.content.state
