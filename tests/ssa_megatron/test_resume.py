@@ -106,6 +106,37 @@ def test_the_mode_sequence_after_a_resume_is_that_of_the_whole_run(tmp_path, dat
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_run_that_is_killed_and_goes_on_at_another_topology_each_time_is_the_run_of_one_process(tmp_path, dataset):
+    """The command, its data position, schedule, evaluations, metrics; test_checkpoint_topology looks at what is stored."""
+    small = (
+        "train.steps=11",
+        "checkpoint.interval=2",
+        "train.eval_interval=3",
+        "train.eval_rows=4",
+        "train.precision=fp32",
+    )
+    whole, moved = tmp_path / "whole", tmp_path / "moved"
+    launch.run(1, *command(whole, dataset, *small), timeout=300)
+    for step, topology in {
+        3: ("zero.stage=3",),
+        5: ("parallel.tensor=2", "parallel.sequence=true"),
+        7: ("parallel.pipeline=2", "parallel.virtual_pipeline=2", "train.recompute=full"),
+        9: ("parallel.context=2", "zero.stage=2"),
+    }.items():
+        kill_at(step, moved, command(moved, dataset, *small, *topology))
+    launch.run(2, *command(moved, dataset, *small, "parallel.pipeline=2"), timeout=300)
+    expected, found = read_metrics(whole / "metrics.jsonl"), read_metrics(moved / "metrics.jsonl")
+    assert [line["step"] for line in found] == list(range(1, 12))
+    for mine, reference in zip(found, expected, strict=True):
+        assert mine.keys() == reference.keys()
+        for name in ("lr", "tokens", "counted_tokens", "sparse_share", "applied", "skipped_steps"):
+            assert mine[name] == reference[name], name
+        for name in reference.keys() & {"loss", "grad_norm", "eval/loss_full", "eval/loss_sparse"}:
+            assert mine[name] == pytest.approx(reference[name], rel=1e-5), (mine["step"], name)
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_two_hundred_steps_killed_at_three_steps_equal_the_uninterrupted_run(tmp_path, dataset):
     check(tmp_path, dataset, kills=(37, 95, 163), overrides=())
