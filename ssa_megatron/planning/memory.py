@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from ssa_megatron.config import Recipe
 from ssa_megatron.planning import activations
 from ssa_megatron.planning.shares import Cut, Parameters, cut, parameters
-from ssa_megatron.zero.ds_config import overlaps
 
 ALL_REDUCE_BUCKET = 500_000_000  # elements; DeepSpeed's constant for BF16_Optimizer
 WORKSPACES = 76 * 10**6  # of cuBLAS and others, from the allocator; measured on an H100
@@ -73,11 +72,9 @@ def states(recipe: Recipe, c: Cut, held: Parameters) -> tuple[dict[str, int], in
 
 
 def reduce_buffers(recipe: Recipe, c: Cut) -> int:
-    """Where ZeRO-2 and 3 collect gradients to reduce them: ZeRO-2 fills a second one while the first is under way; bf16 gradients
-    are reduced as an fp32 copy."""
+    """Where ZeRO-2 and 3 collect gradients to reduce them; bf16 gradients are reduced as an fp32 copy."""
     elements = recipe.zero.reduce_bucket_mb * 2**20 // 4
-    staged = 2 if recipe.zero.stage == 2 and overlaps(recipe) else 1
-    return (staged * c.element + (4 if c.element == 2 else 0)) * elements
+    return (c.element + (4 if c.element == 2 else 0)) * elements
 
 
 def in_flight(recipe: Recipe, c: Cut, stage: int) -> float:

@@ -9,13 +9,14 @@ from ssa_megatron.config import Recipe
 
 
 def overlaps(recipe: Recipe) -> bool:
-    """Whether gradients (and ZeRO-3's weights) travel on a stream of their own while backward goes on.
+    """Whether gradients and weights travel on streams of their own while the model computes.
 
     Not under ZeRO-1: there gradients are finished after the schedule only, and DeepSpeed asserts that nothing is reduced before.
-    Not with offload, whose copies to the host read the buffers that are reduced: DeepSpeed orders the two by events that nothing
-    here has run on a GPU.
+    Not under ZeRO-2: on two GPUs over NCCL, with bf16 weights and several buckets, sums came out wrong or not finite (DeepSpeed
+    0.19.8; found by `tests/gpu/training/test_a_gpu_each.py`). Not with offload, whose copies to the host read the buffers that
+    are reduced: DeepSpeed orders the two by events that nothing here has run on a GPU.
     """
-    return recipe.zero.stage > 1 and not recipe.zero.offload_optimizer
+    return recipe.zero.stage == 3 and not recipe.zero.offload_optimizer
 
 
 def deepspeed_config(recipe: Recipe) -> dict:
