@@ -16,13 +16,14 @@ class Config(NamedTuple):
     stat_rows: int = 128  # (token, head) rows
     stat_tile: int = 64
     stat_warps: int = 4
-    stat_stages: int = 3
+    stat_stages: int = 2
     stat_registers: int | None = None  # at most, of a thread
     select_rows: int = 64  # tokens
     select_tile: int = 64
     select_warps: int = 4
     select_stages: int = 3
     select_registers: int | None = None
+    insert_tile: int = 128  # pooled keys of a tile whose best are inserted into short lists of group scores
     select_sorted: int = 129  # budgets up to this keep their lists in registers, larger ones in memory
     select_few: int = 6  # keys of a tile that are put into a list one by one
     select_programs: int = 4  # on each multiprocessor; each has its own lists of candidates
@@ -60,7 +61,7 @@ VENDOR_TOKENS = {
 }  # of a batch, from which on cuDNN beats our dense kernel without documents, by head size
 SMALL = (32, 32, 4, 2)
 GENERAL = Config(
-    stat_rows=32, stat_tile=32, stat_stages=2, select_rows=32, select_tile=32, select_stages=2,
+    stat_rows=32, stat_tile=32, stat_stages=2, select_rows=32, select_tile=32, insert_tile=32, select_stages=2,
     sparse_keys=32, sparse_warps=2, dq_keys=32, dq_warps=2,
     dkv_rows=32, dkv_stages=2, dense_forward=SMALL, dense_dq=SMALL, dense_dkv=SMALL,
     dual_forward=SMALL, dual_dq=SMALL, dual_dkv=SMALL,

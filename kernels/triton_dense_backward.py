@@ -132,6 +132,8 @@ def _backward_kv(
         outer = tl.minimum(tl.maximum(tl.min(until, 0) // ROWS, inner), high)
     k = tl.reshape(k_desc.load([b, first_key, h * D]), [KEYS, D])
     v = tl.reshape(v_desc.load([b, first_key, h * D]), [KEYS, D])
+    if D <= 64:  # computed, k stays in registers, and each product reads only its other side from shared memory
+        k += 0.0
     dk = tl.zeros([KEYS, D], tl.float32)
     dv = tl.zeros([KEYS, D], tl.float32)
     heads: tl.constexpr = h_q // h_kv // SPLITS

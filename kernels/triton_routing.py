@@ -245,10 +245,43 @@ def _merge(best, key, KEEP: tl.constexpr, FEW: tl.constexpr):
 
 
 @triton.jit
+def _packed(key, RAW: tl.constexpr):
+    """int32 [rows, tile]: `key`, as `_group_keys` gives it, over the place in the tile, the first place largest.
+
+    So one maximum finds score and place. A group's score keeps 19 bits of mantissa (2e-6 of it; tile 128) from 2^-58 on, a raw
+    score (RAW) 17 bits (tile 64): less than the ties that a selection may break, and what is equal is still equal.
+    """
+    tile: tl.constexpr = key.shape[1]
+    if not RAW:
+        key = (tl.maximum(key - 0x22800000, 0) << 3) + (LOWEST + tile)  # 0x22800000: 2^-58; above what is no candidate
+    return (key & -tile) | (tl.arange(0, tile) ^ (tile - 1))[None, :]
+
+
+@triton.jit
+def _insert(best, key, first):
+    """`best`, int64 (packed score, lower slots larger) in any order, after a tile's packed keys; its slots begin at `first`.
+
+    A row's largest key takes the place of the least of its list while it is larger: a hundred instructions a round, where a
+    bitonic merge of 64-bit keys has thousands. The row that most keys enter decides how many rounds there are.
+    """
+    low: tl.constexpr = key.shape[1] - 1
+    most, least = tl.max(key, 1), tl.min(best, 1)
+    enters = most > ((least >> 32).to(tl.int32) | low)
+    while tl.max(enters.to(tl.int32), 0) > 0:
+        slot = ((most & low) ^ low) + first
+        entry = (most & ~low).to(tl.int64) << 32 | (slot ^ HIGHEST).to(tl.int64)
+        best = tl.where(best == least[:, None], tl.where(enters, entry, least)[:, None], best)
+        key = tl.where(key == most[:, None], LOWEST, key)
+        most, least = tl.max(key, 1), tl.min(best, 1)
+        enters = most > ((least >> 32).to(tl.int32) | low)
+    return best
+
+
+@triton.jit
 def _select_sorted(
     q_ptr, high_ptr, low_ptr, doc_ptr, index_ptr, lse_ptr, out_ptr,
     n, n_q, slots, h_q: tl.constexpr, h_kv: tl.constexpr, SIZE: tl.constexpr, COUNT: tl.constexpr,
-    D: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, KEEP: tl.constexpr, FEW: tl.constexpr,
+    D: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, KEEP: tl.constexpr, FEW: tl.constexpr, PACKED: tl.constexpr,
     HAS_DOCS: tl.constexpr, HAS_INDEX: tl.constexpr, SPLIT: tl.constexpr, AUTHORS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Selections of ROWS tokens of one KV head, for budgets whose lists of candidates fit in registers."""
@@ -263,7 +296,8 @@ def _select_sorted(
     base = (b * h_kv + h) * slots * D
     head = (b * n_q + rows) * h_q + h * (h_q // h_kv)
     rank = tl.arange(0, KEEP)[None, :]
-    best = tl.zeros([ROWS, 1], tl.int64) - 1 - rank  # distinct, and below every key
+    nothing: tl.constexpr = -(1 << 63) if PACKED else -(1 << 61)
+    best = tl.full([ROWS, 1], nothing, tl.int64) + rank  # distinct, and below every key
     early = best
     scored = (tl.max(own, 0) >= COUNT) & (COUNT > 1)
     if scored:
@@ -271,22 +305,28 @@ def _select_sorted(
             slot = first + tl.arange(0, TILE)
             high, low = _pooled(high_ptr + base, low_ptr + base, slot, slots, D, SPLIT, True)
             key = _group_keys(q_ptr, lse_ptr, high, low, head, real, h_q // h_kv, D, SPLIT, STAGES)
-            # Unsigned, over a low word that makes keys distinct, lower slots larger.
-            key = ((key ^ LOWEST).to(tl.int64) & 0xFFFFFFFF) << 31 | (slot ^ HIGHEST)[None, :].to(tl.int64)
             seen = (slot[None, :] >= begins[:, None]) & (slot[None, :] < ends[:, None])
-            if AUTHORS:
-                before = seen & (slot[None, :] < edge)
-                early = _merge(early, tl.where(before, key, ABSENT), KEEP, FEW)
-                seen = seen & (slot[None, :] >= edge)
-            best = _merge(best, tl.where(seen, key, ABSENT), KEEP, FEW)
+            before = seen & (slot[None, :] < edge)
+            late = (seen & (slot[None, :] >= edge)) if AUTHORS else seen
+            if PACKED:
+                key = _packed(key, h_q == h_kv)
+                if AUTHORS:
+                    early = _insert(early, tl.where(before, key, LOWEST), first)
+                best = _insert(best, tl.where(late, key, LOWEST), first)
+            else:  # unsigned, over a low word that makes keys distinct, lower slots larger
+                key = ((key ^ LOWEST).to(tl.int64) & 0xFFFFFFFF) << 31 | (slot ^ HIGHEST)[None, :].to(tl.int64)
+                if AUTHORS:
+                    early = _merge(early, tl.where(before, key, ABSENT), KEEP, FEW)
+                best = _merge(best, tl.where(late, key, ABSENT), KEEP, FEW)
+    least: tl.constexpr = nothing + (1 << 32)
     best = tl.topk(best, KEEP)
     slot = (best & HIGHEST).to(tl.int32) ^ HIGHEST
-    block = tl.where((best >= 0) & (rank < COUNT - 1), slot - begins[:, None], HIGHEST)
+    block = tl.where((best >= least) & (rank < COUNT - 1), slot - begins[:, None], HIGHEST)
     column = rank
     if AUTHORS:
         early = tl.topk(early, KEEP)
         slot = (early & HIGHEST).to(tl.int32) ^ HIGHEST
-        old = tl.where((early >= 0) & (rank < 8), slot - begins[:, None], HIGHEST)
+        old = tl.where((early >= least) & (rank < 8), slot - begins[:, None], HIGHEST)
         block = tl.where((edge > begins[:, None]) & (rank >= 7), HIGHEST, block)
         block = tl.reshape(tl.join(block, old), [ROWS, 2 * KEEP])
         column = tl.arange(0, 2 * KEEP)[None, :]
@@ -347,11 +387,13 @@ def select_blocks(
     flags |= {"num_warps": config.select_warps, "maxnreg": config.select_registers}
     if spec.block_count <= config.select_sorted:
         keep = max(2, triton.next_power_of_2(max(1, spec.block_count - 1)))
-        tile = max(tile, keep)
-        rows = max(16, min(rows, 4096 // tile))
+        # Scores at the border of a selection are at most group / (block_count - 1): packed keys resolve them.
+        packed = keep <= 32 and (group == 1 or group <= spec.block_count)
+        tile = config.insert_tile if packed and group > 1 else max(tile, keep)
+        rows = max(16, min(rows, (8192 if packed else 4096) // tile))
         _select_sorted[(triton.cdiv(n_q, rows), h_kv, batch)](
             q, high, low, doc_starts, query_index, lse, out, n, n_q, slots, h_q, h_kv, spec.block_size, spec.block_count,
-            dim, rows, tile, keep, config.select_few, **flags,
+            dim, rows, tile, keep, config.select_few, packed, **flags,
         )  # fmt: skip
         return out
     capacity = triton.cdiv(spec.block_count + 32, 64) * 64 + max(tile, spec.block_count)
