@@ -1,4 +1,4 @@
-"""The plan against what one H100 measured: three shapes, three recompute modes, two layouts of rows; and SSA's kernels."""
+"""The plan against what GPUs measured: three shapes, three recompute modes, two layouts of rows, two ranks; and SSA's kernels."""
 
 import json
 from pathlib import Path
@@ -17,15 +17,18 @@ NAMES = [f"{m['recipe']} {' '.join(m['overrides'])} document={m['document']}" fo
 
 def planned(measured: dict) -> search.Candidate:
     recipe = load_recipe(measured["recipe"], measured["overrides"])
-    return search.evaluate(recipe, 1, hardware.find("h100"), document=measured["document"])
+    return search.evaluate(recipe, measured.get("world", 1), hardware.find("h100"), document=measured["document"])
 
 
 @pytest.mark.parametrize("measured", MEASURED, ids=NAMES)
 def test_memory_is_within_a_percent_and_activations_within_three(measured, monkeypatch):
     if "vendor_tokens" in measured:  # older than the kernels' choice of today, whose effect is a tensor the plan knows
         monkeypatch.setitem(shares.VENDOR_TOKENS, 64, measured["vendor_tokens"])
-    [stage] = planned(measured).stages
-    backward = max(value for phase, value in stage.phases.items() if phase != "step")
+    peaks = {
+        max(value for phase, value in stage.phases.items() if phase != "step"): stage
+        for stage in planned(measured).stages
+    }
+    backward, stage = max(peaks.items())
     assert backward == pytest.approx(measured["backward_peak"], rel=0.01)
     states = sum(stage.states.values())
     assert backward - states == pytest.approx(measured["backward_peak"] - states, rel=0.03)
