@@ -84,7 +84,8 @@ def tune(shape: str, wanted: list[str]) -> None:
         triton_gate.gate_backward(o, do, gate, q, one, "full", o.numel(), c.gate_rows)
 
     if "select" in wanted:
-        tiles = {"select_rows": (64, 128), "select_tile": (32, 64, 128), "select_warps": (4, 8)}
+        tile = "select_tile" if h_q == h_kv else "insert_tile"
+        tiles = {"select_rows": (64, 128), tile: (32, 64, 128), "select_warps": (4, 8)}
         sweep("routing", base, tiles | {"select_registers": (None, 168, 128)}, routing)
         sweep("routing", base, {"select_stages": (2, 3, 4), "select_programs": (2, 3, 4, 6)}, routing)
     if "stat" in wanted:
