@@ -1,9 +1,11 @@
 """`ssa status`, `ssa profile`: a table of runs, live if wanted, every rank of one run, and a profile of a running job.
 
-A run is named by its folder, or by a SLURM job's number, which is looked up in the run folders under `--runs`.
+A run is named by its folder, a sweep by the folder that holds its runs, and both by a SLURM job's number (4711, or 4711_3 for a
+task of an array), which is looked up in the run folders under `--runs`.
 """
 
 import json
+import re
 import sys
 import time
 from dataclasses import asdict
@@ -47,24 +49,41 @@ def status(targets: list[str], *, runs: Path, watch: float | None, as_json: bool
 
 
 def find(targets: list[str], runs: Path) -> list[Path]:
-    """Run folders of folders and job numbers; all under `runs` when none is named."""
-    known = sorted(path.parent for path in runs.glob("*/config.yaml"))
+    """Run folders of folders and job numbers; all under `runs`, those of sweeps included, when none is named."""
+    known = _under(runs)
     if not targets:
         if not known:
             raise RunFolderError(f"no run folder under {runs}", remedy="name one: ssa status RUN, or --runs FOLDER")
         return known
     found = []
     for target in targets:
-        if Path(target).is_dir() or not target.isdecimal():
-            found.append(Path(target))
+        folder = Path(target)
+        if folder.is_dir() or not re.fullmatch(r"\d+(_\d+)?", target):
+            inside = [] if (folder / "config.yaml").is_file() else _under(folder)
+            found += inside or [folder]
             continue
-        of_job = [run for run in known if any(start.job == target for start in read_starts(run))]
+        of_job = [run for run in known if any(_is_of(start.job, target) for start in read_starts(run))]
         if not of_job:
             raise RunFolderError(
                 f"no run under {runs} was started by job {target}", remedy="name the run's folder, or --runs FOLDER"
             )
         found += of_job
-    return found
+    return list(dict.fromkeys(found))
+
+
+def _under(folder: Path) -> list[Path]:
+    """The run folders in `folder`, and those of sweeps in it (RUN/0, RUN/1, ...), in the order of their numbers."""
+    configs = [*folder.glob("*/config.yaml"), *folder.glob("*/[0-9]*/config.yaml")]
+
+    def order(run: Path) -> list[tuple[int, str]]:
+        return [(int(part) if part.isdecimal() else 0, part) for part in run.relative_to(folder).parts]
+
+    return sorted({path.parent for path in configs if path.is_file()}, key=order)
+
+
+def _is_of(job: str | None, target: str) -> bool:
+    """`4711` means job 4711, or every task of an array of that number; `4711_3` one task."""
+    return job is not None and target in (job, job.partition("_")[0])
 
 
 def row(state: State) -> tuple[str, ...]:

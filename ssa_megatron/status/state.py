@@ -112,13 +112,10 @@ class Watcher:
         new = new[: new.rfind(b"\n") + 1]  # a line being written is read the next time
         self._offset += len(new)
         for text in new.splitlines():
-            try:
-                line = json.loads(text)
+            if line := _figures(text):
                 self._productive += line["seconds"]
-            except (ValueError, KeyError, TypeError):
-                continue
-            self._lines.append(line)
-            self._evaluation = line.get("eval/loss_full", line.get("eval/loss", self._evaluation))
+                self._lines.append(line)
+                self._evaluation = line.get("eval/loss_full", line.get("eval/loss", self._evaluation))
 
     def _mfu(self, recipe: Recipe, speed: float | None, world: int | None) -> float | None:
         try:
@@ -129,6 +126,16 @@ class Watcher:
         if not (row and speed and world):
             return None
         return speed * flops_per_token(recipe) / (world * row.peak_flops)
+
+
+def _figures(text: bytes) -> dict | None:
+    """A line of metrics.jsonl: what is a number in it; None for a torn line, and for what has no step and no duration."""
+    try:
+        line = json.loads(text)
+    except ValueError:
+        return None
+    numbers = {name: value for name, value in line.items() if type(value) in (int, float)} if type(line) is dict else {}
+    return numbers if type(numbers.get("step")) is int and "seconds" in numbers else None
 
 
 def _state(recipe: Recipe, signs: list[dict], now: float) -> tuple[str, bool]:

@@ -12,6 +12,10 @@ import shutil
 import time
 from pathlib import Path
 
+NUMBER, WORDS = int | float, str | None
+FIELDS = {"start": str, "rank": int, "host": str, "pid": int, "time": NUMBER, "beat": int, "step": int, "fresh": bool}
+FIELDS |= {"phase": str, "marks": int, "seconds": NUMBER, "at": str, "waits": bool, "stop": WORDS, "verdict": WORDS}
+FIELDS |= {"exit": int | None}
 WIDTH = 1024  # bytes of a line: one written over another leaves nothing of it, and takes no new block of a full disk
 
 
@@ -39,17 +43,20 @@ def write(run: Path, line: dict) -> bool:
 
 
 def read(run: Path, rank: int) -> dict | None:
-    """A rank's newest line; None when there is none, or it is being written."""
+    """A rank's newest line; None when there is none, it is being written, or it is somebody else's."""
     try:
         beat = json.loads(_path(run, rank).read_bytes())
     except (OSError, ValueError):
         return None
-    return beat if isinstance(beat, dict) and "beat" in beat else None
+    if not isinstance(beat, dict) or not beat.keys() >= FIELDS.keys():
+        return None
+    return beat if all(isinstance(beat[name], kind) for name, kind in FIELDS.items()) else None
 
 
 def read_all(run: Path) -> list[dict]:
     """The newest line of every rank that has one, in rank order."""
-    ranks = sorted(int(path.stem.removeprefix("rank-")) for path in (run / "heartbeats").glob("rank-*.json"))
+    names = (path.stem.removeprefix("rank-") for path in (run / "heartbeats").glob("rank-*.json"))
+    ranks = sorted(int(name) for name in names if name.isdecimal())
     return [beat for rank in ranks if (beat := read(run, rank))]
 
 

@@ -40,10 +40,19 @@ class Heartbeat:
         self._thread = threading.Thread(target=self._work, name="heartbeat", daemon=True)
         self.exit_code: int | None = None
         """What the process is about to end with."""
-        self.values: dict | None = None
-        """The newest line of metrics.jsonl, for metrics.prom; set on the writer rank."""
+        self._values: dict | None = None
         self.asked = range(0)
         """Steps that `ssa profile` asks for; on the writer rank."""
+
+    @property
+    def values(self) -> dict | None:
+        """The newest figure of each name in metrics.jsonl, for metrics.prom: an evaluation's are in one line of many."""
+        return self._values
+
+    @values.setter
+    def values(self, line: dict) -> None:
+        """The writer rank's newest line."""
+        self._values = (self._values or {}) | line
 
     def phase(self, name: str, step: int) -> None:
         """The main thread enters phase `name` of `step`, counted from 1."""

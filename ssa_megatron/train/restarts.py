@@ -28,10 +28,16 @@ class Start:
     time: str
     host: str
     job: str | None
-    """SLURM's job number."""
+    """SLURM's job number, as squeue shows it: 4711, or 4711_3 for task 3 of an array."""
     ended: str | None = None
     reached: int | None = None
     """The last step it finished, as found by whoever came next."""
+
+    def __post_init__(self):
+        """Raises TypeError for a line that is not one of ours."""
+        kinds = {"step": int, "world": int, "time": str, "host": str, "job": str | None}
+        if wrong := [name for name, kind in kinds.items() if not isinstance(getattr(self, name), kind)]:
+            raise TypeError(f"{', '.join(wrong)} of a start")
 
 
 def read_starts(run: Path) -> list[Start]:
@@ -86,7 +92,7 @@ class Attempt:
             world=world,
             time=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             host=socket.gethostname(),
-            job=os.environ.get("SLURM_JOB_ID"),
+            job=_job(),
             found=_last_step(run),
         )
 
@@ -104,6 +110,12 @@ class Attempt:
                 f"{self._path} cannot be written: {error.strerror}",
                 remedy="make room, or mend the folder's permissions",
             ) from None
+
+
+def _job() -> str | None:
+    # each task of an array has a job number of its own, which no command of SLURM's prints unasked
+    array, task = (os.environ.get(f"SLURM_ARRAY_{name}_ID") for name in ("JOB", "TASK"))
+    return f"{array}_{task}" if array and task else os.environ.get("SLURM_JOB_ID")
 
 
 def _last_step(run: Path) -> int:

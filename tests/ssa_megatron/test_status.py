@@ -15,6 +15,8 @@ from ssa_megatron.planning.speed import flops_per_token
 from ssa_megatron.status.command import ask_for_profile, every_rank, find, row, status
 from ssa_megatron.status.state import Watcher, duration
 from ssa_megatron.train import beats, exposition, requests
+from ssa_megatron.train.heartbeat import Heartbeat
+from ssa_megatron.train.restarts import Attempt, read_starts
 from tests.faults.signals import wait_for
 from tests.launch import kill, start
 from tests.ssa_megatron.support import recipe_file, tiny
@@ -48,9 +50,14 @@ def sign(
         "time": time.time() - ago,
         "beat": 3,
         "step": 11,
+        "fresh": False,
         "phase": phase,
+        "marks": 9,
         "seconds": seconds,
         "at": "train/step.py:70 train_step",
+        "waits": False,
+        "stop": None,
+        "verdict": None,
         "exit": exit_code,
     }
 
@@ -157,6 +164,51 @@ def test_a_run_that_cannot_be_read_hides_no_other(run, capsys):
         status([str(other)], runs=run.parent, watch=None, as_json=False, ranks=False)
 
 
+def test_what_others_left_in_a_run_folder_is_no_reason_to_show_nothing(run, capsys):
+    """Once a KeyError, a ValueError: half-written and foreign files beside the run's own."""
+    beats.write(run, sign(0))
+    (run / "heartbeats" / "rank-00001.json").write_text('{"beat": 1}')
+    (run / "heartbeats" / "rank-00002.json").write_text(json.dumps(sign(2))[:-20])
+    (run / "heartbeats" / "rank-all.json").write_text("{}")
+    with (run / "metrics.jsonl").open("ab") as file:
+        file.write(b'\xff\xfe\n5\n[]\n{"seconds": 1}\n{"step": "x", "seconds": 1}\n')
+        file.write(b'{"step": 11, "seconds": 0.5, "loss": "?", "tokens": null}\n')
+    with (run / "starts.jsonl").open("a") as file:
+        file.write('5\n{"event": "start", "step": 4, "world": "two", "time": 3, "host": 1, "job": 5, "found": 9}\n')
+    for junk in ("step-abc", "step-1", ".tmp-step-x"):
+        (run / "checkpoints" / junk).mkdir()
+    (run / "environment.json").write_text("[]")
+    found = Watcher(run).look()
+    assert (found.step, found.loss, found.state, found.checkpoint, found.restarts) == (11, None, "compute", 8, 1)
+    status([str(run)], runs=run.parent, watch=None, as_json=False, ranks=True)
+    assert "train_step" in capsys.readouterr().out
+
+
+def test_a_sweeps_runs_are_found_by_its_folder_and_by_the_arrays_number_or_one_tasks(run):
+    """Once lost: squeue and cluster/submit say 4711 and 4711_2, the tasks know themselves by other numbers."""
+    sweep = run.parent / "sweep"
+    for task in (0, 2, 10):
+        (sweep / str(task)).mkdir(parents=True)
+        (sweep / str(task) / "config.yaml").write_text((run / "config.yaml").read_text())
+        (sweep / str(task) / "starts.jsonl").write_text(begin(sweep, ago=9, job=f"88_{task}"))
+    tasks = [sweep / str(task) for task in (0, 2, 10)]
+    assert find([], run.parent) == [run, *tasks]
+    assert find([str(sweep)], Path("elsewhere")) == find(["88"], run.parent) == tasks
+    assert find(["88_2"], run.parent) == [sweep / "2"]
+    assert find(["88_2", str(sweep)], run.parent) == [sweep / "2", sweep / "0", sweep / "10"]
+    with pytest.raises(RunFolderError, match="was started by job 88_1"):
+        find(["88_1"], run.parent)
+
+
+def test_a_start_of_an_array_goes_by_the_arrays_number(tmp_path, monkeypatch):
+    for name, value in {"JOB_ID": "91", "ARRAY_JOB_ID": "88", "ARRAY_TASK_ID": "2"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    Attempt(tmp_path, step=0, world=1)
+    monkeypatch.delenv("SLURM_ARRAY_TASK_ID")
+    Attempt(tmp_path, step=0, world=1)
+    assert [start.job for start in read_starts(tmp_path)] == ["88_2", "91"]
+
+
 def test_every_rank_is_shown_with_its_place(run):
     beats.write(run, sign(0))
     beats.write(run, sign(1, exit_code=75))
@@ -223,20 +275,34 @@ def test_a_running_job_writes_the_profile_it_is_asked_for_and_its_figures_for_pr
     finally:
         kill(job)
     text = (run / exposition.FILE).read_text()
-    assert '# TYPE ssa_loss gauge\nssa_loss{run="run"} ' in text
-    assert 'ssa_step{run="run"} ' in text
+    labels = f'{{run="run",folder="{run}"}}'
+    assert f"# TYPE ssa_loss gauge\nssa_loss{labels} " in text
+    assert f"ssa_step{labels} " in text
 
 
 def test_prometheus_text_escapes_names_and_spells_what_is_no_number():
-    text = exposition.text(
-        'a"b\\c', {"eval/loss": float("nan"), "grad_norm": float("inf"), "note": "x", "applied": True}
-    )
-    label = '{run="a\\"b\\\\c"}'
-    assert text.splitlines() == [
+    values = {"eval/loss": float("nan"), "grad_norm": float("inf"), "note": "x", "applied": True, "eval_loss": 2}
+    lines = exposition.text(Path('/runs/a"b\\c'), values).splitlines()
+    label = '{run="a\\"b\\\\c",folder="/runs/a\\"b\\\\c"}'
+    assert lines[:3] == [
+        "# HELP ssa_eval_loss In metrics.jsonl of the run.",
         "# TYPE ssa_eval_loss gauge",
-        f"ssa_eval_loss{label} NaN",
-        "# TYPE ssa_grad_norm gauge",
-        f"ssa_grad_norm{label} +Inf",
-        "# TYPE ssa_applied gauge",
-        f"ssa_applied{label} 1.0",
+        f"ssa_eval_loss{label} 2.0",  # a name twice would make the whole file invalid
     ]
+    assert lines[5::3] == [f"ssa_grad_norm{label} +Inf", f"ssa_applied{label} 1.0"]
+
+
+def test_two_runs_of_one_name_are_two_series_with_one_help():
+    """Once a scrape that failed as a whole: node_exporter refuses equal series, and one name with two HELP texts."""
+    first, second = (exposition.text(Path(folder) / "run", {"loss": 1.0}).splitlines() for folder in ("/a", "/b"))
+    assert first[:2] == second[:2]
+    assert first[2] != second[2]
+
+
+def test_an_evaluation_s_figures_are_not_gone_with_the_next_step():
+    """Once lost: the file is written every 15 s, from whichever line was the newest then."""
+    beat = Heartbeat.__new__(Heartbeat)
+    beat._values = None
+    for line in ({"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.0, "eval/loss": 2.5}, {"step": 3, "loss": 1.5}):
+        beat.values = line
+    assert beat.values == {"step": 3, "loss": 1.5, "eval/loss": 2.5}
