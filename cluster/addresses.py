@@ -10,6 +10,8 @@ import socket
 
 import psutil
 
+ELSEWHERE = "192.0.2.1"  # of no machine (RFC 5737): its route is the default one
+
 
 class AddressProblem(Exception):
     """The rendezvous host cannot be resolved, or not to something that other machines could reach."""
@@ -27,10 +29,19 @@ def resolve(host: str) -> str:
 def own_address(host: str, *, hosting: bool, nodes: int) -> str:
     """This machine's address, as the other nodes may use it.
 
-    `hosting`: this is the machine that `host` names, and `host` is by definition how the others reach it. Raises AddressProblem
-    when that is a loopback address and there are other nodes on other addresses to reach it.
+    `hosting`: this is the machine that `host` names, and `host` is by definition how the others reach it. Where its own name is a
+    loopback address here (Debian's 127.0.1.1), it is the address of the default route instead: what others have for the name.
+    Raises AddressProblem when there is none, or when `host` is another machine.
     """
     address = resolve(host)
+    if hosting and nodes > 1 and _is_loopback(address) and not _says_loopback(host):
+        try:
+            return _source_towards(ELSEWHERE)
+        except AddressProblem:
+            raise AddressProblem(
+                f"--host {host} is {address} on the machine itself, and no default route tells which of its addresses others "
+                f"use: give one, of {', '.join(a for a in _interfaces() if not _is_loopback(a)) or 'none but loopback'}"
+            ) from None
     if not hosting or _is_loopback(address):
         return _source_towards(address)
     if address not in _interfaces():
@@ -68,3 +79,11 @@ def _interfaces() -> dict[str, str]:
 
 def _is_loopback(address: str) -> bool:
     return ipaddress.ip_address(address.partition("%")[0]).is_loopback
+
+
+def _says_loopback(host: str) -> bool:
+    """Whether somebody wrote loopback, and so means processes of one machine."""
+    try:
+        return _is_loopback(host)
+    except ValueError:
+        return host.partition(".")[0] == "localhost"

@@ -32,6 +32,7 @@ ssa_job() {
         # srun kills its tasks at once when it gets TERM, and passes USR1 on: so every request to stop travels as USR1.
         trap 'ssa_forward USR1 "$child"' USR1 USR2
         trap 'ssa_ended=yes; ssa_forward TERM "$child"' TERM INT
+        [[ $ssa_asked -eq 0 ]] || kill -USR1 "$child" 2>/dev/null # asked between the command's start and these traps
         while :; do
             wait "$child"
             code=$?

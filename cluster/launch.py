@@ -36,7 +36,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         "python -m cluster.launch", description=__doc__.splitlines()[0], allow_abbrev=False
     )
-    parser.add_argument("--nodes", default=environment["SLURM_NNODES"] if job else "1", help="N, or MIN:MAX")
+    parser.add_argument("--nodes", default=environment.get("SLURM_NNODES", "") if job else "1", help="N, or MIN:MAX")
     parser.add_argument(
         "--node-rank", type=int, default=int(environment["SLURM_NODEID"]) if job else 0, help="0 on the machine --host"
     )
@@ -51,6 +51,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--id", default=f"slurm-{job}" if job else "ssa", help="the same on all nodes of a launch")
     parser.add_argument("command", nargs=argparse.REMAINDER, metavar="train ...", help="the verb and its arguments")
     found = parser.parse_args(arguments)
+    launchers, machines = (int(environment.get(f"SLURM_STEP_NUM_{what}", "1")) for what in ("TASKS", "NODES"))
+    if job and launchers > machines:  # each would take the node's rank, and start all of its ranks
+        parser.error(f"srun started {launchers} launchers on {machines} node(s); one a node: srun --ntasks-per-node=1")
     nodes = re.fullmatch(r"(\d+)(?::(\d+))?", found.nodes)
     if not nodes or not 0 < int(nodes[1]) <= int(nodes[2] or nodes[1]):
         parser.error(f"--nodes {found.nodes} is neither N nor MIN:MAX with 0 < MIN <= MAX")
@@ -94,6 +97,8 @@ def main(arguments: list[str] | None = None) -> int:
         # a node that joins later waits in vain to be told (torch 2.13, dynamic_rendezvous.py, next_rendezvous).
         os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # ranks share the cores; torchrun's own default
+        # where a collective's time-out leaves the last ones of each rank; torch's default is the node's own disk
+        os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", str(options.run.absolute() / "logs" / "collectives-rank-"))
         say(
             f"node {options.node_rank} ({socket.gethostname()}, {address}) of {options.nodes}, "
             f"{options.nproc_per_node} rank(s); rendezvous at {host}:{options.port}"

@@ -4,7 +4,7 @@
 
 The run folder receives code/HASH (this code and the resolved recipe, which the job runs from, so that editing the checkout
 changes no running job), jobs/NAME.sbatch and logs/. Given again for the same run folder, it continues the run. It refuses what
-`ssa plan` refuses, on any number of nodes the job may get.
+`ssa plan` refuses, on any number of nodes the job may get, data that is not there, and a site file that cannot be meant.
 """
 
 import argparse
@@ -15,33 +15,16 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import yaml
 
-CLUSTER = Path(__file__).parent
+from cluster.settings import CLUSTER, Refused, read_networks, read_site
+
 PACKAGES = ("ssa_megatron", "kernels", "pipelines", "cluster")
 TEMPLATES = tuple(sorted(path.stem for path in (CLUSTER / "templates").glob("*.sbatch")))
 WARNING = 60  # seconds: SLURM may send --signal up to a minute before or after the time it was asked for
-SITE = {
-    "python": str,
-    "gpu": str,
-    "gpus_per_node": int,
-    "ranks_per_node": int,
-    "cpus_per_node": int,
-    "network": str,
-    "time": str,
-    "grace": int,
-    "join": int,
-    "sbatch": list,
-    "setup": list,
-    "image": str,
-    "mounts": list,
-}
-
-
-class Refused(Exception):
-    """Nothing was submitted; the text says why and what to do."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -52,22 +35,33 @@ def main(arguments: list[str] | None = None) -> int:
     except Refused as reason:
         print(f"error: {reason}", file=sys.stderr)
         return 2
+    except OSError as problem:
+        print(f"error: --run-folder {options.run_folder} cannot be made or written: {problem}", file=sys.stderr)
+        return 2
     return 0
 
 
 def _submit(options: argparse.Namespace) -> None:
     site, network = read_site(options.site), read_networks()
-    if site["network"] not in network:
-        raise Refused(f"{options.site}: network: {site['network']!r} is not one of {', '.join(network)}")
+    if site["network"] not in network.keys() - {"all"}:
+        known = ", ".join(sorted(network.keys() - {"all"}))
+        raise Refused(f"{options.site}: network: {site['network']!r} is not one of {known}")
+    if options.template in ("pyxis", "apptainer") and not site["image"]:
+        raise Refused(f"template {options.template} needs `image` in {options.site}")
     run = Path(os.path.abspath(options.run_folder))
-    if re.search(r'[\s"$`\\%]', str(run)):  # it stands in #SBATCH lines, where nothing can be quoted
-        raise Refused(f"--run-folder {run}: SLURM takes no blanks, quotes, $, % or backslashes in a path of #SBATCH")
+    if found := re.search(r"""[\s"'$`\\%#,:]""", str(run)):  # it stands in #SBATCH lines, where nothing can be quoted
+        raise Refused(
+            f"--run-folder {run} has {found[0]!r} in it: no blanks, quotes, $, %, #, commas, colons or backslashes, "
+            "which SLURM's #SBATCH lines or a container's mounts read as something else"
+        )
     recipe = _resolve(options.recipe, options.overrides)
     sweep = _read_sweep(options.sweep) if options.template == "array" else [""]
     fewest, most = options.nodes
     for line in sweep:
         for nodes in range(fewest, most + 1):
-            _plan(recipe, line, nodes * site["ranks_per_node"], site["gpu"], run)
+            _plan(recipe, line, nodes * site["ranks_per_node"], site["gpu"])
+    for line in sweep:
+        _check_data(recipe, line, on_nodes=options.data_on_nodes)
     code = _snapshot(run, recipe, sweep)
     values = {
         "name": run.name,
@@ -85,8 +79,6 @@ def _submit(options: argparse.Namespace) -> None:
         "image": site["image"],
         "mounts": ",".join(f"{path}:{path}" for path in _mounts(site, run, recipe)),
     }
-    if options.template in ("pyxis", "apptainer") and not site["image"]:
-        raise Refused(f"template {options.template} needs `image` in {options.site}")
     extra = [f"--gpus-per-node={site['gpus_per_node']}"] * (site["gpus_per_node"] > 0) + site["sbatch"]
     script = run / "jobs" / f"{options.template}.sbatch"
     text = render(options.template, values, site=extra, environment=_environment(site, network))
@@ -103,6 +95,10 @@ def _submit(options: argparse.Namespace) -> None:
         raise Refused(
             "no sbatch on this machine: submit from a login node, or start with python -m cluster.launch"
         ) from None
+    except subprocess.TimeoutExpired:
+        raise Refused(
+            "sbatch has not answered for 120 s: squeue tells whether the job was taken; sinfo, scontrol ping"
+        ) from None
     if done.returncode:
         raise Refused(f"sbatch said: {done.stderr.strip()}")
     job = done.stdout.strip().partition(";")[0]
@@ -110,34 +106,10 @@ def _submit(options: argparse.Namespace) -> None:
         f"job              {job}\n"
         f"log              {run}/logs/{job}{'_TASK' * (options.template == 'array')}.log\n"
         f"state            squeue --job {job}\n"
+        f"steps and losses ssa status {run} --watch\n"
         f"stop, continuing scancel --batch --signal=USR1 {job}\n"
         f"stop for good    scancel {job}"
     )
-
-
-def read_site(path: Path) -> dict:
-    """The site's settings, every key there and of its type. Raises Refused naming file, key and what it got."""
-    try:
-        values = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError) as error:
-        raise Refused(f"--site {path} cannot be read: {error}") from None
-    if not isinstance(values, dict):
-        raise Refused(f"--site {path} holds no settings; start from {CLUSTER / 'site.yaml'}")
-    for key in values.keys() | SITE.keys():
-        if key not in SITE:
-            raise Refused(f"{path}: unknown key {key!r}; known: {', '.join(SITE)}")
-        if not isinstance(values.get(key), SITE[key]) or isinstance(values.get(key), bool):
-            raise Refused(f"{path}: {key} must be {SITE[key].__name__}, not {values.get(key)!r}")
-    least = {"gpus_per_node": 0, "ranks_per_node": 1, "cpus_per_node": 1, "grace": 1, "join": 1}
-    for key, bound in least.items():
-        if values[key] < bound:
-            raise Refused(f"{path}: {key} must be at least {bound}, not {values[key]}")
-    return values
-
-
-def read_networks() -> dict[str, dict[str, list[str]]]:
-    """networks.yaml: section -> variable -> [value, reason]."""
-    return yaml.safe_load((CLUSTER / "networks.yaml").read_text())
 
 
 def render(template: str, values: dict[str, str], *, site: list[str], environment: list[str]) -> str:
@@ -159,6 +131,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--sweep", type=Path, help="for the array template: a file with overrides, one task a line")
     parser.add_argument("--site", type=Path, default=CLUSTER / "site.yaml", help="cluster/site.yaml by default")
     parser.add_argument("--time", help="time limit of one life of the job; the site's by default")
+    parser.add_argument("--data-on-nodes", action="store_true", help="local data is not looked for on this machine")
     parser.add_argument("--dry-run", action="store_true", help="do everything but submit")
     found = parser.parse_intermixed_args(arguments)
     nodes = re.fullmatch(r"(\d+)(?:-(\d+))?", found.nodes)
@@ -175,7 +148,18 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
 
 def _ssa(*arguments: str) -> str:
     command = [sys.executable, "-m", "ssa_megatron", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "LOCAL_RANK": "0"}, timeout=300)
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, env={**os.environ, "LOCAL_RANK": "0"}, timeout=300, check=False
+        )
+    except subprocess.TimeoutExpired:
+        raise Refused(f"`ssa {shlex.join(arguments)}` has not answered for 300 s") from None
+    if "ModuleNotFoundError" in done.stderr:
+        last = done.stderr.strip().splitlines()[-1]
+        raise Refused(
+            f"{sys.executable} cannot run ssa ({last}): activate the environment of requirements.txt, "
+            "or PYTHON=/path/to/its/python cluster/submit ..."
+        )
     if done.returncode:
         raise Refused(f"`ssa {shlex.join(arguments)}` refuses:\n{done.stdout[-2000:]}{done.stderr.strip()}")
     return done.stdout
@@ -191,16 +175,33 @@ def _resolve(recipe: str, overrides: list[str]) -> dict:
     return values
 
 
-def _plan(recipe: dict, line: str, world: int, gpu: str, run: Path) -> None:
-    run.mkdir(parents=True, exist_ok=True)
-    draft = run / ".draft.yaml"
-    draft.write_text(yaml.safe_dump(recipe, sort_keys=False))
-    try:
+def _plan(recipe: dict, line: str, world: int, gpu: str) -> None:
+    with tempfile.TemporaryDirectory(prefix="ssa-submit-") as folder:
+        draft = Path(folder) / "recipe.yaml"
+        draft.write_text(yaml.safe_dump(recipe, sort_keys=False))
         page = _ssa("plan", str(draft), *shlex.split(line), "--world", str(world), "--gpu", gpu, "--top", "0")
-    finally:
-        draft.unlink()
     head = page.splitlines()[:2]
     print("\n".join(([f"sweep: {line}"] if line else []) + head))
+
+
+def _check_data(recipe: dict, line: str, *, on_nodes: bool) -> None:
+    """The recipe names data, and local data is there: a job that waited a day for its nodes is late to find out."""
+    words = dict(word.split("=", 1) for word in line.split())
+    changed = {key: value for key, value in words.items() if re.fullmatch(r"data\.(path|cache|sources\..*)", key)}
+    for key, value in changed.items():
+        if "://" not in value and not os.path.isabs(value):  # the job runs from another folder
+            raise Refused(f"sweep: {line}: {key} must be an absolute path or an address, not {value}")
+    data = recipe["data"]
+    named = {"data.path": data["path"], **{f"data.sources.{name}": path for name, path in data["sources"].items()}}
+    named |= {key: value for key, value in changed.items() if key != "data.cache"}
+    named = {key: value for key, value in named.items() if value}
+    if not named:
+        raise Refused("the recipe names no data: give data.path=FOLDER, as `ssa data prepare` made it")
+    for key, value in named.items():
+        if not on_nodes and "://" not in value and not os.path.isdir(value):
+            raise Refused(
+                f"{key}={value} is no folder on this machine; check the path, or --data-on-nodes if only the nodes see it"
+            )
 
 
 def _read_sweep(path: Path) -> list[str]:

@@ -24,6 +24,7 @@ def clear(run: Path) -> str:
     shutil.rmtree(run / "heartbeats", ignore_errors=True)
     with contextlib.suppress(OSError):  # then no rank can write, and none is accused
         (run / "heartbeats").mkdir(parents=True, exist_ok=True)
+        (run / "logs").mkdir(exist_ok=True)  # for stacks, and for what NCCL's watchdog dumps, which makes no folder
     return f"{time.time():.6f}"
 
 

@@ -4,6 +4,7 @@ import socket
 
 import pytest
 
+from cluster import addresses
 from cluster.addresses import AddressProblem, interface, own_address, resolve
 
 
@@ -21,6 +22,23 @@ def test_a_node_says_the_address_its_packets_carry():
 def test_the_host_of_the_rendezvous_must_have_the_address_it_is_reached_by():
     with pytest.raises(AddressProblem, match=r"192\.0\.2\.1, which is no address of this machine \(node rank 0 of 2\)"):
         own_address("192.0.2.1", hosting=True, nodes=2)
+
+
+def test_a_node_whose_own_name_is_loopback_tells_the_others_the_address_of_its_default_route(monkeypatch):
+    """Once 127.0.1.1, Debian's default for a machine's own name: the others then waited for themselves, for ten minutes."""
+    found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.1.1", 0))]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
+    monkeypatch.setattr(addresses, "_source_towards", lambda address: f"towards {address}")
+    assert own_address("node0", hosting=True, nodes=2) == "towards 192.0.2.1"
+    assert own_address("node0", hosting=True, nodes=1) == "towards 127.0.1.1"
+    assert own_address("localhost", hosting=True, nodes=2) == "towards 127.0.1.1"
+
+    def nowhere(address):
+        raise AddressProblem(f"no route to {address}")
+
+    monkeypatch.setattr(addresses, "_source_towards", nowhere)
+    with pytest.raises(AddressProblem, match=r"--host node0 is 127\.0\.1\.1 on the machine itself.*give one, of"):
+        own_address("node0", hosting=True, nodes=2)
 
 
 def test_of_several_addresses_of_a_name_the_one_others_can_reach_is_taken(monkeypatch):

@@ -78,3 +78,12 @@ def test_a_signal_before_the_command_is_not_lost(tmp_path, name, requeued):
     assert process.returncode == 75, said
     assert not (tmp_path / "run" / "ready").exists()
     assert ("asked of SLURM: requeue 7" in said) is requeued, said
+
+
+def test_a_signal_between_the_commands_start_and_the_traps_for_it_is_not_lost(tmp_path):
+    """Once lost: only counted, never passed on, so that the time limit came with nothing saved."""
+    at_that_moment = """set -T; trap '[[ $BASH_COMMAND != "child=\\$!" ]] || { sleep 0.5; kill -USR1 $$; }' DEBUG"""
+    process = start(tmp_path / "run", 3, tenths=100, before=at_that_moment)
+    said, _ = process.communicate(timeout=30)
+    assert process.returncode == 75, said
+    assert "asked of SLURM: requeue 7" in said

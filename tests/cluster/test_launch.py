@@ -1,6 +1,7 @@
 """The launcher on one machine: what it refuses, the code it ends with, and when it stops restarting."""
 
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -72,6 +73,44 @@ def test_under_slurm_nodes_rank_host_and_port_come_from_the_job(monkeypatch):
     assert parse(list(TRAIN)).port == 29999
     monkeypatch.setenv("SSA_HOST", "[fd00::1]:29999")
     assert parse(list(TRAIN)).host == "fd00::1"
+
+
+def test_a_launcher_per_gpu_instead_of_per_node_is_refused(monkeypatch, capsys):
+    """Once 8 launchers on a node, each with 8 ranks and the same node rank, fighting for one port."""
+    job = {"SLURM_JOB_ID": "4711", "SLURM_NODEID": "0", "SLURM_NNODES": "2", "SSA_HOST": "10.0.0.1"}
+    for name, value in {**job, "SLURM_STEP_NUM_TASKS": "16", "SLURM_STEP_NUM_NODES": "2"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit):
+        parse(["--nproc-per-node", "8", *TRAIN])
+    assert "srun started 16 launchers on 2 node(s); one a node: srun --ntasks-per-node=1" in capsys.readouterr().err
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
+    assert parse(["--nproc-per-node", "8", *TRAIN]).fewest == 2
+    monkeypatch.delenv("SLURM_NNODES")
+    with pytest.raises(SystemExit):
+        parse(list(TRAIN))
+
+
+def test_host_names_with_a_domain_and_ports_are_told_apart():
+    for host, expected in {
+        "node-1.cluster.example.org": ("node-1.cluster.example.org", 29500),
+        "node_1:30000": ("node_1", 30000),
+        "[fd00::1]": ("fd00::1", 29500),
+    }.items():
+        found = parse(["--nodes", "2", "--host", host, *TRAIN])
+        assert (found.host, found.port) == expected
+
+
+def test_a_port_that_is_taken_is_named_with_the_remedy(tmp_path):
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", 0))
+        holder.listen()
+        port = holder.getsockname()[1]
+        options = ("--nodes", "2", "--node-rank", "0", "--host", f"127.0.0.1:{port}", "--join-timeout", "20")
+        process = start(*options, "train", "demo", "--run-folder", str(tmp_path / "run"))
+        said = finish(process, 90)
+    assert process.returncode == 1, said
+    assert f"launch: port {port} of 127.0.0.1 cannot be used" in said
+    assert "--host 127.0.0.1:PORT takes another" in said
 
 
 def start(*arguments: str, **extra: str) -> subprocess.Popen:

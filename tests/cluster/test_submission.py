@@ -1,13 +1,17 @@
 """cluster/submit without a scheduler: what it refuses, what it renders, what it leaves in the run folder."""
 
 import re
+import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 import yaml
 
-from cluster.submission import SITE, TEMPLATES, Refused, read_networks, read_site, render
+from cluster.settings import SITE, Refused, read_networks, read_site
+from cluster.submission import TEMPLATES, render
+from cluster.submission import _parse as parse_submission
+from cluster.submission import _submit as submit_here
 from tests import launch
 from tests.cluster.conftest import submit
 
@@ -49,12 +53,22 @@ def test_the_shipped_site_file_has_every_setting():
         ("ranks_per_node", 0, "ranks_per_node must be at least 1, not 0"),
         ("sbatch", "--exclusive", "sbatch must be list, not '--exclusive'"),
         ("image", None, "image must be str, not None"),
+        ("time", 86400, "time must be str, not 86400: YAML reads 24:00:00 as a number unless it stands in quotes"),
+        ("setup", [{"echo a": "b"}], "setup holds {'echo a': 'b'}, which is no text: put the whole line in quotes"),
+        ("sbatch", [7], "sbatch holds 7, which is no text"),
+        ("gpus_per_node", 4, "ranks_per_node must not be more than gpus_per_node: 8 ranks for 4 GPU(s) of a node"),
     ],
 )
 def test_a_wrong_site_setting_is_named_with_its_value(tmp_path, key, value, said):
     values = yaml.safe_load((CLUSTER / "site.yaml").read_text()) | {key: value}
     (tmp_path / "site.yaml").write_text(yaml.safe_dump(values))
     with pytest.raises(Refused, match=re.escape(said)):
+        read_site(tmp_path / "site.yaml")
+
+
+def test_a_missing_site_setting_is_named(tmp_path):
+    (tmp_path / "site.yaml").write_text("python: python\n")
+    with pytest.raises(Refused, match=r"site.yaml: gpu is missing; .*cluster/site.yaml has every key"):
         read_site(tmp_path / "site.yaml")
 
 
@@ -102,6 +116,7 @@ def test_every_setting_of_a_network_has_a_reason():
 def test_a_dry_run_leaves_code_recipe_and_script_and_submits_nothing(site, tmp_path):
     run = tmp_path / "run"
     arguments = ("--site", site, "--nodes", "1-2", "--dry-run", "--run-folder", run, "demo", "data.path=some/data")
+    arguments += ("--data-on-nodes",)
     said = submit(*arguments)
     assert said.count("demo: 1,051,776 parameters") == 2  # one node, and two
     assert "not submitted" in said
@@ -128,6 +143,8 @@ def test_a_dry_run_leaves_code_recipe_and_script_and_submits_nothing(site, tmp_p
         (("--template", "pyxis", "demo"), "template pyxis needs `image`"),
         (("--template", "array", "demo"), "the array template and --sweep FILE go together"),
         (("--template", "single", "--nodes", "2", "demo"), "template single is for one node"),
+        (("demo",), "the recipe names no data: give data.path=FOLDER"),
+        (("demo", "data.path=/no/such/data"), "data.path=/no/such/data is no folder on this machine"),
     ],
 )
 def test_what_cannot_run_gets_no_job_number(site, tmp_path, arguments, said):
@@ -144,6 +161,40 @@ def test_a_sweep_line_that_is_not_legal_is_refused_before_any_task_runs(site, tm
     assert "optimizer.lr: Input should be greater than 0 (got -1)" in said
 
 
-def test_a_folder_that_sbatch_cannot_write_to_is_refused(site, tmp_path):
-    said = submit("--site", site, "--run-folder", tmp_path / "my run", "demo", expect=2)
-    assert "SLURM takes no blanks" in said
+def test_a_relative_path_in_a_sweep_is_refused_the_job_runs_from_another_folder(site, tmp_path):
+    sweep = tmp_path / "sweep.txt"
+    sweep.write_text("data.path=some/data\n")
+    said = submit("--site", site, "--run-folder", tmp_path / "run", "--sweep", sweep, "demo", expect=2)
+    assert "data.path must be an absolute path or an address, not some/data" in said
+
+
+@pytest.mark.parametrize("name", ["my run", "run'", "run#1", "a,b", "a:b", "50%"])
+def test_a_folder_that_sbatch_or_a_container_cannot_take_is_refused(site, tmp_path, name):
+    options = parse_submission(["--site", str(site), "--run-folder", str(tmp_path / name), "demo"])
+    with pytest.raises(Refused, match=r"has '.' in it|has \"'\" in it"):
+        submit_here(options)
+
+
+def test_a_run_folder_that_cannot_be_made_is_refused_with_the_reason(site, tmp_path):
+    """Once a traceback."""
+    (tmp_path / "file").touch()
+    run = tmp_path / "file" / "run"
+    said = submit("--site", site, "--run-folder", run, "demo", f"data.path={tmp_path}", "--dry-run", expect=2)
+    assert f"error: --run-folder {run} cannot be made or written" in said
+
+
+def test_where_there_is_no_slurm_submit_says_what_to_do_instead(site, tmp_path):
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for tool in ("bash", "dirname", "readlink"):
+        (tools / tool).symlink_to(shutil.which(tool))
+    arguments = ("--site", site, "--run-folder", tmp_path / "run", "demo", f"data.path={tmp_path}")
+    said = submit(*arguments, environment=launch.environment(PATH=str(tools)), expect=2)
+    assert "no sbatch on this machine: submit from a login node, or start with python -m cluster.launch" in said
+
+
+def test_an_environment_without_the_requirements_is_named(site, tmp_path, monkeypatch):
+    (tmp_path / "typer.py").write_text("raise ModuleNotFoundError(\"No module named 'typer'\")\n")
+    environment = launch.environment(PYTHONPATH=str(tmp_path))
+    said = submit("--site", site, "--run-folder", tmp_path / "run", "demo", environment=environment, expect=2)
+    assert "cannot run ssa (ModuleNotFoundError: No module named 'typer'): activate the environment" in said
