@@ -91,7 +91,7 @@ def records(file: InputFile, form: Format, begin: int = 0, end: int | None = Non
                 if file.kind == ".jsonl":
                     found = _jsonl(_lines_from(file, data, begin), form.text_field)
                 elif form.blank_line_documents:
-                    found = _paragraphs(_lines_from(file, data, begin), begin)
+                    found = _paragraphs(_lines_from(file, data, begin), begin, end)
                 else:
                     found = iter([(0, _decode(data.read(), 0).removeprefix("\ufeff"))])
                 for place, text in found:
@@ -128,7 +128,7 @@ def _jsonl(lines: Iterator[tuple[int, bytes]], field: str) -> Iterator[tuple[int
             continue
         try:
             record = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:  # lists in lists a thousand deep
             raise _BadRecord(place, f"not valid JSON ({error})", "write one JSON object a line") from error
         if not isinstance(record, dict) or field not in record:
             found = f"fields {sorted(record)}" if isinstance(record, dict) else type(record).__name__
@@ -152,10 +152,12 @@ def _jsonl(lines: Iterator[tuple[int, bytes]], field: str) -> Iterator[tuple[int
         yield place, document
 
 
-def _paragraphs(lines: Iterator[tuple[int, bytes]], begin: int) -> Iterator[tuple[int, str]]:
+def _paragraphs(lines: Iterator[tuple[int, bytes]], begin: int, end: int | None) -> Iterator[tuple[int, str]]:
     paragraph: list[str] = []
     border: int | None = None if begin else 0  # place of the blank line before; None until the first one is met
     for place, line in lines:
+        if border is None and end is not None and place >= end:
+            return  # what follows belongs to a later range; without this, each would read a file of no blank line to its end
         text = _decode(line, place)
         text = text.removeprefix("\ufeff") if place == 0 else text
         if text.strip():
@@ -229,6 +231,8 @@ def _opened(file: InputFile) -> Iterator[BinaryIO]:
     try:
         with open_binary(file.path) as raw:
             if file.compression == ".gz":
+                if not file.size:  # which Python reads as no text; no compressor writes it
+                    raise EOFError("it is empty, and even compressed nothing takes 20 bytes")
                 with gzip.open(raw) as data:
                     yield data
             elif file.compression == ".zst":

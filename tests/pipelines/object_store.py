@@ -1,6 +1,7 @@
 """A real S3 API on the loopback interface (moto's server), which a test can also make vanish, stall or damage."""
 
 import logging
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +24,13 @@ class ObjectStore:
         self.server.start()
         self.port = self.server.get_host_and_port()[1]
         self.url = f"http://127.0.0.1:{self.port}"
+
+    def start(self) -> None:
+        """After `stop`: the same server on the same port; moto keeps its objects in this process."""
+        from moto.server import ThreadedMotoServer
+
+        self.server = ThreadedMotoServer("127.0.0.1", self.port, verbose=False)
+        self.server.start()
 
     def stop(self) -> None:
         self.server.stop()
@@ -71,6 +79,8 @@ def object_store() -> Iterator[ObjectStore]:
     store = ObjectStore()
     try:
         with credentials(store.url):
+            # moto keeps its objects as long as the process lives, those of an earlier test's store too
+            urllib.request.urlopen(f"{store.url}/moto-api/reset", data=b"").close()
             storage.s3_client().create_bucket(Bucket=BUCKET)
             yield store
     finally:

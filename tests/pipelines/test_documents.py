@@ -47,6 +47,49 @@ def test_a_folder_is_read_recursively_in_name_order_without_hidden_or_foreign_fi
     assert list(iter_documents([tmp_path / "b.txt", tmp_path / "a.md"])) == ["b.txt", "a.md"]
 
 
+def test_text_behind_links_is_read_and_a_link_to_nothing_is_an_error(tmp_path):
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "corpus" / "a.txt").write_text("here")
+    (tmp_path / "elsewhere" / "b.txt").write_text("there")
+    (tmp_path / "corpus" / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "round").symlink_to(tmp_path / "corpus")  # a walk that follows links must still end
+    assert list(iter_documents(tmp_path / "corpus")) == ["here", "there"]
+    (tmp_path / "elsewhere" / "c.txt").symlink_to(tmp_path / "removed.txt")
+    for given in (tmp_path / "corpus", tmp_path / "elsewhere" / "*.txt"):
+        with pytest.raises(CorpusError, match=r"c\.txt: a link to .*removed\.txt, which is not there"):
+            iter_documents(given)
+
+
+def test_a_pattern_that_matches_folders_reads_what_is_in_them_once(tmp_path):
+    (tmp_path / "corpus" / "sub").mkdir(parents=True)
+    (tmp_path / "corpus" / "a.txt").write_text("a")
+    (tmp_path / "corpus" / "sub" / "b.txt").write_text("b")
+    for pattern in ("corpus/*", "corpus/**", "cor*"):
+        assert list(iter_documents(str(tmp_path / pattern))) == ["a", "b"], pattern
+
+
+@pytest.mark.parametrize("name", ["b.jsonl.bz2", "b.txt.xz", "b.parquet.gz", "b.MD.ZIP"])
+def test_text_in_a_compression_that_is_not_read_is_refused_and_not_left_out(tmp_path, name, s3):
+    write_jsonl(tmp_path / "a.jsonl", "one")
+    (tmp_path / name).write_bytes(b"x")
+    s3.put("text/a.jsonl", b'{"text": "one"}')
+    s3.put(f"text/{name}", b"x")
+    for given in (tmp_path, tmp_path / "*", tmp_path / name, "s3://bucket/text/"):
+        with pytest.raises(CorpusError, match=r"b\..*: text in a compression that is not read here"):
+            iter_documents(given)
+
+
+def test_files_of_one_name_in_different_folders_are_told_apart(tmp_path):
+    for language in ("en", "de"):
+        (tmp_path / language).mkdir()
+        (tmp_path / language / "part-0.txt").write_text(language)
+    files = [tmp_path / "en" / "part-0.txt", tmp_path / "de" / "part-0.txt"]
+    for given in (files, [tmp_path / "en", tmp_path / "de"]):
+        assert [file.name for file in input_files(given)] == ["en/part-0.txt", "de/part-0.txt"]
+    assert [file.name for file in input_files([files[0], files[0]])] == ["part-0.txt"] * 2
+
+
 def test_compressed_files_read_like_plain_ones(tmp_path):
     plain = write_jsonl(tmp_path / "a.jsonl", "one", "two").read_bytes()
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(plain))
@@ -93,6 +136,17 @@ def test_a_file_cut_anywhere_yields_each_record_once_and_in_order(tmp_path, name
     assert [r for begin in range(0, end, stride) for r in records(file, form, begin, begin + stride)] == whole
 
 
+def test_a_range_of_a_file_without_blank_lines_is_not_read_beyond_its_end(tmp_path):
+    (tmp_path / "a.txt").write_text("a line\n" * 100 + "\n" + "the rest is read by nobody else: \xff")
+    data = (tmp_path / "a.txt").read_bytes().replace("\xff".encode(), b"\xff")  # whoever reads that far fails
+    (tmp_path / "a.txt").write_bytes(data)
+    [file] = input_files(tmp_path / "a.txt")
+    form = Format(blank_line_documents=True)
+    assert list(records(file, form, 70, 140)) == []
+    with pytest.raises(CorpusError, match="line 102: byte 0xff"):
+        list(records(file, form, 630, 720))
+
+
 def test_objects_of_a_store_read_like_files(s3, tmp_path):
     plain = write_jsonl(tmp_path / "a.jsonl", "one", "two").read_bytes()
     for name, data in {
@@ -115,6 +169,9 @@ def test_objects_of_a_store_read_like_files(s3, tmp_path):
         iter_documents("s3://bucket/nothing/")
     with pytest.raises(CorpusError, match=r"s3://absent/x: cannot be listed .*NoSuchBucket"):
         iter_documents("s3://absent/x")
+    s3.put("text/d.parquet", b"")  # an upload that failed
+    with pytest.raises(CorpusError, match=r"text/d\.parquet: cannot be read"):
+        list(iter_documents("s3://bucket/text/"))
 
 
 def test_files_are_called_by_their_path_below_the_name_they_were_given_by(tmp_path):
@@ -141,6 +198,9 @@ BAD_CONTENTS = [
     ("a.jsonl", b'{"text": "x"}\n{"text": \n', "a.jsonl, line 2: not valid JSON"),
     ("a.jsonl", b'{"text": "x"}\n{"body": "y"}\n', "a.jsonl, line 2: no field 'text' (fields ['body'])"),
     ("a.jsonl", b"[1]\n", "a.jsonl, line 1: no field 'text' (list)"),
+    ("a.jsonl", b'{"text": "x", "y": ' + b"[" * 99_999 + b"]" * 99_999 + b"}", "a.jsonl, line 1: not valid JSON"),
+    ("a.jsonl", b'{"text": null}\n', "a.jsonl, line 1: field 'text' is NoneType"),
+    ("a.jsonl", '{"text": "x"}\n'.encode("utf-16"), "a.jsonl, line 1: byte 0xff is not valid UTF-8"),
     ("a.jsonl", b'{"text": 7}\n', "a.jsonl, line 1: field 'text' is int"),
     ("a.jsonl", b'{"text": "\\ud800"}\n', "a.jsonl, line 1: field 'text' holds half of a surrogate pair"),
     ("a.jsonl", b'{"text": "x"}\n\n{"text": "\xff"}\n', "a.jsonl, line 3: byte 0xff is not valid UTF-8"),
@@ -148,6 +208,8 @@ BAD_CONTENTS = [
     ("a.txt", b" \n", "not one document with text in it"),
     ("a.jsonl", b"", "not one document with text in it"),
     ("a.txt.gz", gzip.compress(b"text" * 999)[:-9], "a.txt.gz: cannot be read"),
+    ("a.jsonl.gz", b"", "a.jsonl.gz: cannot be read (it is empty"),
+    ("a.jsonl.zst", b"", "a.jsonl.zst: cannot be read"),
     ("a.txt.gz", b"no gzip", "a.txt.gz: cannot be read"),
     ("a.txt.zst", b"no zstd", "a.txt.zst: cannot be read"),
     ("a.txt.zst", zstd.compress(b"text" * 99_999)[:-5], "a.txt.zst: cannot be read"),
