@@ -9,6 +9,9 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 from pipelines.errors import TokenizerError
 from pipelines.tokenizer import PROBE, Tokenizer
 
@@ -69,6 +72,10 @@ class HuggingFaceTokenizer(Tokenizer):
             raise TokenizerError(
                 "a text holds half of a surrogate pair", remedy="replace lone surrogates (\\ud800-\\udfff) in it"
             ) from error
+
+    def encode_long(self, text: str) -> NDArray[np.int32]:
+        """Token ids of one text; it cannot be cut without a change, so the library holds about 200 bytes a character."""
+        return np.array(self.encode([text])[0], np.int32)
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of token ids; special tokens yield nothing. Raises TokenizerError for an id outside the vocabulary."""

@@ -25,6 +25,7 @@ from pipelines.tokenizer import Tokenizer, cached_tokenizer
 
 SPLITS = ("train", "validation")  # in the order of scan's TRAIN and VALIDATION
 _BATCH_CHARACTERS = 1 << 20  # documents are encoded about a megabyte at a time
+_LONG_CHARACTERS = 4 << 20
 _RECORD = "part.json"
 
 
@@ -216,6 +217,11 @@ def _encoded(part: Part, tokenizer: Tokenizer) -> Iterator[tuple[NDArray, int, i
             yield marked(ids, **marks), document, size, fate
 
     for text, document, size, fate in _kept(part):
+        if len(text) > _LONG_CHARACTERS:
+            yield from encode()
+            texts, about, characters = [], [], 0
+            yield marked(tokenizer.encode_long(text), **marks), document, size, fate
+            continue
         texts.append(text)
         about.append((document, size, fate))
         characters += len(text)

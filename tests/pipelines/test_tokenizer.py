@@ -2,6 +2,7 @@
 
 import random
 import sys
+import time
 
 import pytest
 import sentencepiece
@@ -58,6 +59,36 @@ def test_a_very_long_document_encodes_like_its_lines_and_does_not_depend_on_thre
     assert tokenizer.decode(expected) == text
 
 
+@pytest.mark.parametrize("model_type", ["bpe", "unigram"])
+def test_a_very_long_line_is_cut_before_words_and_encodes_like_them(tmp_path, documents, model_type):
+    tokenizer = train_tokenizer(iter(documents), tmp_path / "t.model", vocab_size=600, model_type=model_type)
+    words = " ".join(documents).replace("\n", " ").split(" ")
+    text = " ".join(words[:30_000]) + "x" * 70_000 + "   \u2581 " + " ".join(words[:9000])
+    segments = list(tokenizer._segments(text))
+    assert "".join(segments) == text
+    assert max(map(len, segments)) <= 1 << 17  # but for the word of 70,000 letters, which has no place to be cut
+    assert sum(len(segment) > 1 << 16 for segment in segments) <= 1
+    assert len(segments) > 4
+    (whole,) = tokenizer.encode([text])
+    assert tokenizer.encode_long(text).tolist() == whole
+    assert tokenizer.decode(whole) == text
+    line = " ".join(words[:30_000])
+    if model_type == "bpe":  # unigram sums its scores in 32 bits, and over a whole book settles a tie by their rounding
+        assert tokenizer.encode([line])[0] == tokenizer._processor.encode(line)
+
+
+def test_a_model_with_pieces_of_several_words_is_given_whole_texts(tmp_path, documents):
+    model = tmp_path / "words.model"
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["of the " * 50] * 50), model_prefix=str(model.with_suffix("")), vocab_size=275,
+        model_type="bpe", hard_vocab_limit=False, byte_fallback=True, split_by_whitespace=False, normalization_rule_name="identity", remove_extra_whitespaces=False,
+        add_dummy_prefix=False, user_defined_symbols=["\n"], minloglevel=2,
+    )  # fmt: skip
+    tokenizer = Tokenizer.load(model)
+    text = "of the " * 20_000
+    assert list(tokenizer._segments(text)) == [text]
+
+
 def test_bos_and_eos_decode_to_nothing(tokenizer):
     (tokens,) = tokenizer.encode([" text "])
     assert tokenizer.decode([tokenizer.bos_id, *tokens, tokenizer.eos_id]) == " text "
@@ -91,6 +122,13 @@ def test_training_learns_from_lines_longer_than_sentencepiece_accepts(tmp_path):
     one_line = "unbroken " * 5000 + "x" * 9000
     tokenizer = train_tokenizer(iter([one_line]), tmp_path / "t.model", vocab_size=280)
     assert len(tokenizer.encode([" unbroken"])[0]) == 1
+
+
+def test_training_on_a_book_in_one_line_takes_seconds_and_not_hours(tmp_path, documents):
+    line = " ".join(documents).replace("\n", " ") * 20  # 8 MB; the time once grew with the square of the length
+    began = time.monotonic()
+    train_tokenizer(iter([line, "é" * 1999 + "e", "é" * 2001]), tmp_path / "t.model", vocab_size=400)
+    assert time.monotonic() - began < 15
 
 
 def test_impossible_vocabulary_sizes_are_refused_with_one_that_works(tmp_path, documents):
