@@ -12,7 +12,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -92,15 +92,17 @@ def prepare(
         )
     job = Job(str(out), tokenizer, layout, form, settings, part_bytes, workers, progress)
     folder = Path(scratch) if scratch else _scratch(str(out))
+    # The dataset is put together where one rename can make it appear, also when the scratch folder is on another disk.
+    beside = folder if storage.is_remote(out) else _scratch(str(out))
     try:
-        with _owned(folder, str(out)):
+        with _owned(folder, str(out)), nullcontext() if beside == folder else _owned(beside, str(out)):
             if files is None:
                 files, form = {"": [_spool(sources, folder)]}, Format()
                 job = job._replace(form=form)
             found = _scan(job, files, given)
             if taken:
                 return {name: _existing(below(out, name), source, settings) for name, source in found.items()}
-            return _write(job, found, folder)
+            return _write(job, found, folder, beside / "dataset")
     except OSError as error:  # what concerns the corpus is a CorpusError by now
         raise DatasetError(
             f"{out}: cannot be written ({error})",
@@ -179,7 +181,7 @@ def _check_splits(name: str, fates: NDArray, fraction: float) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------ second pass
-def _write(job: Job, found: dict[str, Scanned], scratch: Path) -> dict[str, dict]:
+def _write(job: Job, found: dict[str, Scanned], scratch: Path, content: Path) -> dict[str, dict]:
     _keep_only_work_on(scratch, job, found)
     model = scratch / job.tokenizer.file_name
     for name, data in job.tokenizer.files.items():
@@ -193,7 +195,6 @@ def _write(job: Job, found: dict[str, Scanned], scratch: Path) -> dict[str, dict
         done += size_of[folder]
         if job.progress:
             job.progress("encoding", done, total)
-    content = scratch / "dataset"
     shutil.rmtree(content, ignore_errors=True)
     records = {}
     for name, source in found.items():

@@ -8,14 +8,16 @@ import resource
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
 
 import pipelines
-from pipelines import CorpusError, DatasetError, DatasetMismatch, TokenizerError
+from pipelines import Access, CorpusError, DatasetError, DatasetMismatch, TokenizerError, storage
 from pipelines.packing import NO_DOCUMENT
 from pipelines.shards import RowReader
 from tests.launch import environment
@@ -163,6 +165,15 @@ def test_a_full_disk_is_reported_and_the_next_attempt_goes_on(tmp_path, prepared
     pipelines.prepare(iter(documents), tokenizer, tmp_path / "data", **SETTINGS)
     assert without_names(contents(tmp_path / "data")) == without_names(contents(prepared))
     assert sorted(os.listdir(tmp_path)) == ["corpus.jsonl", "data"]
+
+
+def test_a_scratch_folder_on_another_disk_is_as_good(tmp_path, prepared, documents, tokenizer):
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as other:
+        assert os.stat(other).st_dev != os.stat(tmp_path).st_dev
+        pipelines.prepare(iter(documents), tokenizer, tmp_path / "data", scratch=Path(other, "scratch"), **SETTINGS)
+        assert os.listdir(other) == []
+    assert contents(tmp_path / "data") == contents(prepared)
+    assert os.listdir(tmp_path) == ["data"]
 
 
 PREPARE_AND_DIE = """
@@ -319,6 +330,37 @@ def test_a_dataset_in_an_object_store_is_the_same_bytes(s3, tmp_path, prepared, 
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(DatasetError, match=f"{out}: already exists"):
         pipelines.prepare(iter(documents), tokenizer, out, **SETTINGS)
+
+
+def test_a_store_that_vanishes_while_it_is_written_is_named_and_the_next_attempt_goes_on(
+    s3, tmp_path, prepared, documents, tokenizer, monkeypatch
+):
+    out, corpus = "s3://bucket/some/data", tmp_path / "corpus.jsonl"
+    corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+    monkeypatch.setattr(storage, "ATTEMPTS", 1)
+    storage.s3_client.cache_clear()
+    options = {"scratch": tmp_path / "scratch", **SETTINGS}
+
+    def vanish(stage, done, total):
+        if stage == "encoding" and done > total // 2:
+            s3.stop()
+
+    began = time.monotonic()
+    with pytest.raises(DatasetError, match=r"s3://bucket/some/data/train/shard\.\S+: cannot be uploaded") as caught:
+        pipelines.prepare(corpus, tokenizer, out, progress=vanish, **options)
+    assert time.monotonic() - began < 30
+    assert "S3_ENDPOINT_URL" in caught.value.remedy
+    done = len(list((tmp_path / "scratch" / "parts").glob("part-*")))
+    assert done > 2
+    s3.start()
+    with pytest.raises(DatasetError, match=r"dataset\.json: not there"):  # nobody takes it for a dataset
+        pipelines.load_dataset_info(out, Access(tmp_path / "cache"))
+    pipelines.prepare(corpus, tokenizer, out, **options)
+    stored = {key: s3.get(f"some/data/{key}") for key in contents(prepared)}
+    assert without_names(stored) == without_names(contents(prepared))
+    assert (
+        pipelines.verify(out)["splits"]["train"]["rows"] == pipelines.load_dataset_info(prepared).splits["train"].rows
+    )
 
 
 def test_a_second_writer_of_the_same_folder_is_refused_while_the_first_lives(tmp_path, documents, tokenizer):
