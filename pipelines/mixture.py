@@ -2,10 +2,11 @@
 
 Row p of the run is row `at(p)` of one source; nothing but the seed, the phases and p enters, so no number of ranks or
 restarts can change it. Every prefix of the run holds each source in its weight to within a row or two. It refuses weights
-that name no source, and positive ones too small to be kept.
+that name no source, sources that no weight names, and positive weights too small to be kept.
 """
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -140,13 +141,20 @@ def _check(names: Sequence[str], phases: Sequence[Phase]) -> None:
                 f"{where}weights for {', '.join(unknown)}, which is no source", remedy=f"sources: {', '.join(names)}"
             )
         total = sum(phase.weights.values())
-        if total <= 0 or min(phase.weights.values()) < 0:
-            raise DatasetError(f"{where}weights {dict(phase.weights)}", remedy="use weights of 0 or more, not all 0")
+        if not 0 < total < math.inf or min(phase.weights.values()) < 0:
+            raise DatasetError(
+                f"{where}weights {dict(phase.weights)}", remedy="use finite weights of 0 or more, not all 0"
+            )
         for name, weight in phase.weights.items():
             if 0 < weight < total / BLOCK:
                 raise DatasetError(
                     f"{where}weight {weight} of {name} is under 1/{BLOCK} of all", remedy="raise it, or set it to 0"
                 )
+    if forgotten := sorted(set(names) - {name for phase in phases for name in phase.weights}):
+        raise DatasetError(
+            f"no phase gives {', '.join(forgotten)} a weight: none of it would be read",
+            remedy="name it in a phase (0 says that it is meant), or leave the source out",
+        )
 
 
 def _shares(weights: list[float]) -> list[int]:
