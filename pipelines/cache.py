@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pipelines import storage
-from pipelines.checks import check_bytes
+from pipelines.checks import check_bytes, check_sha256
 from pipelines.errors import DatasetError, ShardError
 from pipelines.prefetch import within
 
@@ -216,13 +216,18 @@ def _unpack(url: str, data: bytes, wanted: Wanted) -> bytes:
 
 
 def _is_there(target: Path, wanted: Wanted) -> bool:
-    """Whether the file is in the cache; marks it as just used."""
+    """Whether the file is in the cache; marks it as just used.
+
+    The rows of a shard have checksums of their own; other files are small, and one that the disk altered is fetched again.
+    """
     try:
         if target.stat().st_size != (wanted.unpacked or wanted).size:
             return False
+        if target.suffix != ".mds":
+            check_sha256(target, wanted.sha256)
         os.utime(target)
         return True
-    except OSError:
+    except (OSError, ShardError):
         return False
 
 

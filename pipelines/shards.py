@@ -5,6 +5,7 @@ A row either comes back exactly as it was written or raises a ShardError that na
 no shared memory and no processes, so there is nothing for a killed job to leave behind or for a neighbour to trip over.
 """
 
+import contextlib
 import fcntl
 import json
 import time
@@ -58,7 +59,6 @@ class RowReader:
                 check_size(self.folder / name, file.bytes)
         self._spanner = Spanner(self.rows_per_shard)
         self._good_until = [0.0 if self._cache or shard.compression else float("inf") for shard in self._shards]
-        self._failed: dict[int, Exception] = {}
         self.doing = "nothing"
 
     @property
@@ -75,11 +75,9 @@ class RowReader:
         return np.array([shard.raw_data.bytes for shard in self._shards], np.int64)
 
     def bring(self, shard_id: int) -> None:
-        """Has a shard ready before it is read; what fails is raised by the read that needs it."""
-        try:
+        """Has a shard ready before it is read. What fails now may be had by then, so the read tries again."""
+        with contextlib.suppress(Exception):
             self._ensure(shard_id)
-        except Exception as error:
-            self._failed[shard_id] = error
 
     def read(self, row: int) -> tuple[NDArray, NDArray, NDArray]:
         """(tokens [row_length], starts, documents [documents]) of row number `row`, unsigned and read-only."""
@@ -88,8 +86,6 @@ class RowReader:
         path = self.folder / shard.raw_data.basename
         self.doing = f"shard {self._shown(shard_id)}"
         for attempt in range(3):
-            if (failed := self._failed.pop(shard_id, None)) is not None:
-                raise failed
             self._ensure(shard_id)
             try:
                 return from_sample(shard[index], row_length=self.info.row_length, vocab_size=self.info.vocab_size)

@@ -86,8 +86,7 @@ class TrainStream:
         self._offset = data_parallel_rank * micro_batch_rows
         self._stride = data_parallel_size * micro_batch_rows
         self._read_ahead = read_ahead
-        # A fetch ends within twice the patience (another process may be at it first); silence beyond is a hang.
-        self._longest_wait = 2 * (access or Access()).patience + 10
+        self._longest_wait = _longest_wait(access)
         self._thread = DaemonPool(1, "row-reader")
         self._pending: deque[Future[Rows]] = deque()
         slow = any(not reader.is_direct for reader in self.rows.readers)
@@ -118,15 +117,9 @@ class TrainStream:
             self._pending.append(self._thread.submit(self._read, ahead))
         future = self._pending.popleft()
         try:
-            rows = future.result(self._longest_wait)
-        except BaseException as error:
+            rows = _waited_for(future, self._longest_wait, self.rows.readers)
+        except BaseException:
             self._drop_pending()  # asked again, it must read this very position again
-            if isinstance(error, TimeoutError) and not future.done():
-                doing = ", ".join(sorted({reader.doing for reader in self.rows.readers} - {"nothing"}))
-                raise DatasetError(
-                    f"no row came for {self._longest_wait:g} s while reading {doing}",
-                    remedy="look at the file system or the store this lies on; the same command continues",
-                ) from error
             raise
         self.samples_seen += self._stride
         return rows
@@ -216,10 +209,38 @@ def evaluation_rows(
     ]
     begins = range(data_parallel_rank * micro_batch_rows, rows, micro_batch_rows * data_parallel_size)
     length = next(iter(infos.values())).row_length
-    return (
-        _collate([reader.read(row) for reader, row in chosen[begin : begin + micro_batch_rows]], length)
-        for begin in begins
-    )
+
+    def read(begin: int) -> Rows:
+        return _collate([reader.read(row) for reader, row in chosen[begin : begin + micro_batch_rows]], length)
+
+    def batches() -> Iterator[Rows]:
+        thread, longest = DaemonPool(1, "row-reader"), _longest_wait(access)
+        try:
+            for begin in begins:
+                yield _waited_for(thread.submit(read, begin), longest, readers)
+        finally:
+            thread.close(0)
+
+    return batches()
+
+
+def _longest_wait(access: Access | None) -> float:
+    """Seconds: a fetch ends within twice the patience (another process may be at it first); silence beyond is a hang."""
+    return 2 * (access or Access()).patience + 10
+
+
+def _waited_for(future: Future[Rows], seconds: float, readers: list[RowReader]) -> Rows:
+    """The rows, or a DatasetError that says what the thread reads that has not brought them in this time."""
+    try:
+        return future.result(seconds)
+    except TimeoutError as error:
+        if future.done():  # the read's own
+            raise
+        doing = ", ".join(sorted({reader.doing for reader in readers} - {"nothing"}))
+        raise DatasetError(
+            f"no row came for {seconds:g} s while reading {doing}",
+            remedy="look at the file system or the store this lies on; the same command continues",
+        ) from error
 
 
 def _collate(found: list[tuple[np.ndarray, np.ndarray, np.ndarray]], row_length: int) -> Rows:

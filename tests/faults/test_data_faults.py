@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from pipelines import Access, DatasetError, ShardError, storage
+from pipelines import Access, DatasetError, ShardError, evaluation_rows, storage
+from pipelines.shards import RowReader
 from tests import launch
 from tests.pipelines.conftest import documents, prepared, s3, tokenizer  # noqa: F401 (fixtures)
 from tests.pipelines.object_store import BUCKET, credentials
@@ -77,7 +78,7 @@ def test_a_store_that_vanishes_and_returns_in_time_costs_no_row(s3, remote, prep
     found = take(rows, 3)
     calls = []
     s3.stop()
-    back = threading.Timer(1.0, lambda: calls.append(restart(s3)))
+    back = threading.Timer(1.0, lambda: calls.append(s3.start()))
     back.start()
     try:
         found += take(rows, rows.rows_per_epoch - 3)
@@ -87,13 +88,18 @@ def test_a_store_that_vanishes_and_returns_in_time_costs_no_row(s3, remote, prep
     assert equal(found, take(stream(prepared, micro=1, batch=1, shuffle=False), len(found)))
 
 
-def restart(store) -> bool:
-    """The same server on the same port; moto keeps its objects in this process."""
-    from moto.server import ThreadedMotoServer
-
-    store.server = ThreadedMotoServer("127.0.0.1", store.port, verbose=False)
-    store.server.start()
-    return True
+def test_a_store_that_was_away_while_shards_were_fetched_ahead_and_is_back_when_they_are_read_costs_no_row(
+    s3,  # noqa: F811
+    remote,
+    prepared,  # noqa: F811
+    tmp_path,
+):
+    rows = stream(remote, access=Access(tmp_path / "cache", patience=PATIENCE), micro=1, batch=1, shuffle=False)
+    s3.stop()
+    rows.rows.readers[0].bring(1)  # what a fetching thread does, long before the row is due
+    s3.start()
+    found = take(rows, rows.rows_per_epoch)
+    assert equal(found, take(stream(prepared, micro=1, batch=1, shuffle=False), len(found)))
 
 
 def test_a_store_that_vanishes_for_good_is_an_error_that_names_the_shard(s3, remote, tmp_path):  # noqa: F811
@@ -134,6 +140,24 @@ def test_a_read_that_never_ends_is_an_error_and_not_a_hang(prepared, monkeypatch
     began = time.monotonic()
     with pytest.raises(DatasetError, match=r"no row came for 1 s while reading shard .*\.mds"):
         take(rows, 5)
+    assert time.monotonic() - began < 5
+    never.set()
+
+
+def test_an_evaluation_whose_read_never_ends_is_an_error_and_not_a_hang(prepared, monkeypatch):  # noqa: F811
+    layout = {"micro_batch_rows": 1, "data_parallel_rank": 0, "data_parallel_size": 1}
+    rows = evaluation_rows(prepared, rows=3, access=Access(patience=0.5), **layout)
+    monkeypatch.setattr("pipelines.stream._longest_wait", lambda _: 1.0)
+    never, read = threading.Event(), RowReader.read
+
+    def hang(reader, row):
+        return read(reader, row) if row < 2 else never.wait(60)  # a dead file system
+
+    monkeypatch.setattr(RowReader, "read", hang)
+    began = time.monotonic()
+    assert [len(next(rows).tokens) for _ in range(2)] == [1, 1]
+    with pytest.raises(DatasetError, match=r"no row came for 1 s while reading shard .*validation/.*\.mds"):
+        next(rows)
     assert time.monotonic() - began < 5
     never.set()
 

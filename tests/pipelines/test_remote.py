@@ -99,6 +99,15 @@ def test_a_cached_shard_that_the_disk_altered_is_fetched_again(remote, tmp_path,
     assert equal(take(stream(remote, access=access(tmp_path)), count), take(stream(prepared), count))
 
 
+@pytest.mark.parametrize("name", ["train/index.json", "tokenizer.model", "records.json"])
+def test_a_cached_index_or_tokenizer_that_the_disk_altered_is_fetched_again(remote, tmp_path, prepared, name):
+    take(stream(remote, access=access(tmp_path)), 1)
+    (path,) = (tmp_path / "cache").glob(f"*/{name}")
+    flip_bit(path, path.stat().st_size // 2)
+    assert equal(take(stream(remote, access=access(tmp_path)), 20), take(stream(prepared), 20))
+    assert path.read_bytes() == (prepared / name).read_bytes()
+
+
 def test_what_a_killed_process_left_half_fetched_is_removed_and_nothing_else_is(remote, tmp_path, prepared):
     info = pipelines.load_dataset_info(remote, access(tmp_path))
     (info.path / "train").mkdir(exist_ok=True)
