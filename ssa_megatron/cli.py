@@ -371,7 +371,7 @@ def data_corpus(out: Annotated[Path, typer.Argument(help="folder to write JSON l
 
 
 @data_app.command("verify")
-def data_verify(path: Annotated[Path, typer.Argument(help="dataset folder")]) -> None:
+def data_verify(path: Annotated[str, typer.Argument(help="dataset folder, or s3://bucket/prefix")]) -> None:
     """Read back every shard: sizes, hashes, counts, rows."""
     import pipelines
 
@@ -391,7 +391,7 @@ def data_ledger(
 
 
 @data_app.command("stats")
-def data_stats(path: Annotated[Path, typer.Argument(help="dataset folder")]) -> None:
+def data_stats(path: Annotated[str, typer.Argument(help="dataset folder, or s3://bucket/prefix")]) -> None:
     """Print tokens, documents, rows and entropy of a dataset."""
     import pipelines
 
@@ -400,7 +400,8 @@ def data_stats(path: Annotated[Path, typer.Argument(help="dataset folder")]) -> 
 
 def _named(sources: list[str]) -> list[str] | dict[str, list[str]]:
     """`web=PATH web=PATH code=PATH` as a mapping; all names, or none, are given."""
-    pairs = [re.fullmatch(r"([\w-]+)=(.+)", source) for source in sources]
+    # A path may hold "=" too, as in lang=en/part-0.parquet.
+    pairs = [not Path(s.split("/")[0]).exists() and re.fullmatch(r"([\w-]+)=(.+)", s) for s in sources]
     if not any(pairs):
         return sources
     if not all(pairs):

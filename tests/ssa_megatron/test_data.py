@@ -2,9 +2,14 @@
 
 import json
 
+import pytest
+from typer.testing import CliRunner
+
 import pipelines
+from ssa_megatron import cli
 from ssa_megatron.config import dump_recipe
 from tests import launch
+from tests.pipelines.object_store import object_store
 from tests.ssa_megatron.support import tiny
 
 
@@ -57,3 +62,25 @@ def test_a_mixed_run_trains_tells_what_a_step_saw_and_goes_on_with_other_data_on
     assert accepted["code"] == 0, accepted["output"]
     assert nothing["code"] == 2
     assert "data.path is not given" in nothing["output"]
+
+
+def test_a_dataset_in_a_store_is_verified_and_counted_from_the_command_line(dataset, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with object_store() as store:
+        url = store.put_folder(dataset, "data")
+        for verb in ("verify", "stats"):
+            said = CliRunner().invoke(cli.app, ["data", verb, url], catch_exceptions=False)
+            assert json.loads(said.stdout)["path"] == url
+            assert json.loads(said.stdout)["splits"].keys() == {"train", "validation"}
+
+
+def test_a_path_with_an_equals_sign_is_no_named_source(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lang=en").mkdir()
+    assert cli._named(["lang=en/part-0.parquet", "lang=en/*.jsonl"]) == ["lang=en/part-0.parquet", "lang=en/*.jsonl"]
+    assert cli._named(["lang=en/a.txt", "/data/lang=en/a.txt", "s3://bucket/lang=en/"]) == [
+        "lang=en/a.txt", "/data/lang=en/a.txt", "s3://bucket/lang=en/"
+    ]  # fmt: skip
+    assert cli._named(["web=lang=en/a.txt", "web=b", "code=c"]) == {"web": ["lang=en/a.txt", "b"], "code": ["c"]}
+    with pytest.raises(cli.ConfigError, match=r"source 'lang=en/a\.txt' has no name and others have"):
+        cli._named(["lang=en/a.txt", "code=c"])
