@@ -198,3 +198,12 @@ def test_an_environment_without_the_requirements_is_named(site, tmp_path, monkey
     environment = launch.environment(PYTHONPATH=str(tmp_path))
     said = submit("--site", site, "--run-folder", tmp_path / "run", "demo", environment=environment, expect=2)
     assert "cannot run ssa (ModuleNotFoundError: No module named 'typer'): activate the environment" in said
+
+
+def test_every_failure_has_a_page_that_the_readme_links_and_begins_with_what_is_seen():
+    pages = {path.name for path in (CLUSTER / "failures").iterdir()}
+    assert set(re.findall(r"\(failures/([\w-]+\.md)\)", (CLUSTER / "README.md").read_text())) == pages
+    for page in pages:
+        text = (CLUSTER / "failures" / page).read_text()
+        assert text.startswith("# ")
+        assert set(re.findall(r"\]\(([\w-]+\.md)\)", text)) <= pages
