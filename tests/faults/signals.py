@@ -7,7 +7,9 @@ import contextlib
 import json
 import os
 import re
+import shlex
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -18,12 +20,30 @@ import psutil
 
 from ssa_megatron.checkpoint.manifest import committed
 from ssa_megatron.train.beats import read
-from tests.launch import kill, start
+from tests.launch import ROOT, environment, kill, start
 
 SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2")
-RECIPIENTS = ("rank 0", "rank 1", "torchrun")
+RECIPIENTS = ("rank 0", "rank 1", "torchrun", "launcher", "batch shell")
+"""torchrun as it comes; the launcher is cluster.launch, and the batch shell, which starts it, a job script's."""
 PAUSES = {"libraries": 8.0, "meeting": 2.0, "build": 2.0, "step": 2.0, "evaluation": 2.0, "save": 2.0, "data": 600.0}
 """Seconds that a phase is made to last; a process stays in it that long, unless it ends the wait itself."""
+
+
+# cluster/job.sh as the templates use it; `scontrol` is SLURM's, and tests/cluster/test_slurm.py has a real one
+BATCH = """
+set -uo pipefail
+source cluster/job.sh
+scontrol() {{ echo "asked of SLURM: $*"; }}
+SLURM_JOB_ID=7 SLURM_RESTART_COUNT=0
+ssa_job {run} {command}
+"""
+# The launcher starts `python -u -m ssa_megatron` and nothing else; such a rank becomes the worker that lingers.
+LINGER = """
+import os, sys
+if sys.orig_argv[1:4] == ["-u", "-m", "ssa_megatron"]:
+    worker = [sys.executable, "-u", "-m", "tests.workers.paused", {phase!r}, {pause!r}, "all", {folder!r}]
+    os.execv(sys.executable, worker + sys.orig_argv[4:])
+"""
 
 
 @dataclass
@@ -35,6 +55,8 @@ class Outcome:
     """From the signal until no rank is left."""
     exits: list[int | None]
     """Exit codes of the ranks, from their last heartbeat or torchrun's list of failures; None where neither tells."""
+    code: int | None
+    """Of the job script, where there is one."""
     step: int
     """Of the newest committed checkpoint; 0 for none."""
     last: int
@@ -46,14 +68,22 @@ def deliver(phase: str, name: str, recipient: str, folder: Path, train: list[str
     """Run `train`, send `name` to `recipient` as soon as all ranks are in `phase`, wait for the end."""
     run = folder / "run"
     arguments = [*train, "--run-folder", str(run)]
-    job = start(processes, "tests.workers.paused", phase, str(PAUSES[phase]), "all", str(folder), *arguments)
+    ours = recipient in ("launcher", "batch shell")
+    if ours:
+        job = start_batch(phase, folder, processes, arguments)
+    else:
+        job = start(processes, "tests.workers.paused", phase, str(PAUSES[phase]), "all", str(folder), *arguments)
     try:
         marks = [folder / f"{phase}-{rank}" for rank in range(processes)]
         wait_for(lambda: all(mark.exists() for mark in marks), job)
         ranks = ranks_of(job)
         # what is prolonged in save is a file's beginning: the signal shall meet a save under way, not its first moment
         time.sleep(0.3)
-        os.kill(job.pid if recipient == "torchrun" else ranks[int(recipient[-1])].pid, signal.Signals[name])
+        if recipient == "launcher":
+            target = ranks[0].ppid()
+        else:
+            target = ranks[int(recipient[-1])].pid if recipient.startswith("rank") else job.pid
+        os.kill(target, signal.Signals[name])
         began = time.monotonic()
         gone, alive = psutil.wait_procs(ranks, timeout=60)
         seconds = time.monotonic() - began
@@ -68,7 +98,26 @@ def deliver(phase: str, name: str, recipient: str, folder: Path, train: list[str
     checkpoints = [int(path.name.removeprefix("step-")) for path in committed(run)] if run.is_dir() else []
     lines = (run / "metrics.jsonl").read_text().splitlines() if (run / "metrics.jsonl").exists() else []
     last = json.loads(lines[-1])["step"] if lines else 0
-    return Outcome(phase, name, recipient, round(seconds, 1), exits, max(checkpoints, default=0), last, output)
+    code = job.returncode if ours else None
+    return Outcome(phase, name, recipient, round(seconds, 1), exits, code, max(checkpoints, default=0), last, output)
+
+
+def start_batch(phase: str, folder: Path, processes: int, arguments: list[str]) -> subprocess.Popen:
+    """A job script with two ranks that linger in `phase`."""
+    (folder / "site").mkdir()
+    linger = LINGER.format(phase=phase, pause=str(PAUSES[phase]), folder=str(folder))
+    (folder / "site" / "sitecustomize.py").write_text(linger)
+    command = [sys.executable, "-m", "cluster.launch", "--nproc-per-node", str(processes), *arguments]
+    return subprocess.Popen(
+        ["bash", "-c", BATCH.format(run=folder / "run", command=shlex.join(command))],
+        cwd=ROOT,
+        env=environment(PYTHONPATH=f"{folder / 'site'}:{ROOT}"),
+        text=True,
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # bash traps nothing that it finds ignored
+    )
 
 
 def wait_for(condition, job, seconds: float = 120) -> None:

@@ -1,4 +1,4 @@
-"""Four signals, three recipients, every phase: the ranks end together, with everything committed and exit code 75."""
+"""Four signals, five recipients, every phase: the ranks end together, with everything committed and exit code 75."""
 
 import pytest
 
@@ -26,6 +26,10 @@ def check(folder, dataset, phase, name, recipient, processes=2):  # noqa: F811
     assert found.step == found.last, found.output[-4000:]
     assert (found.step > 0) == (phase in TRAINS)
     assert found.seconds < 10
+    if recipient in ("launcher", "batch shell"):
+        assert found.code == 75, found.output[-4000:]
+        told_to_end = recipient == "batch shell" and name in ("SIGTERM", "SIGINT")  # scancel
+        assert ("asked of SLURM: requeue 7" in found.output) is not told_to_end, found.output[-4000:]
     return found
 
 
