@@ -80,9 +80,9 @@ def test_a_very_long_line_is_cut_before_words_and_encodes_like_them(tmp_path, do
 def test_a_model_with_pieces_of_several_words_is_given_whole_texts(tmp_path, documents):
     model = tmp_path / "words.model"
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(["of the " * 50] * 50), model_prefix=str(model.with_suffix("")), vocab_size=275,
-        model_type="bpe", hard_vocab_limit=False, byte_fallback=True, split_by_whitespace=False, normalization_rule_name="identity", remove_extra_whitespaces=False,
-        add_dummy_prefix=False, user_defined_symbols=["\n"], minloglevel=2,
+        sentence_iterator=iter(["of the " * 50] * 50), model_prefix=str(model.with_suffix("")), model_type="bpe",
+        vocab_size=275, hard_vocab_limit=False, byte_fallback=True, split_by_whitespace=False, add_dummy_prefix=False,
+        normalization_rule_name="identity", remove_extra_whitespaces=False, user_defined_symbols=["\n"], minloglevel=2,
     )  # fmt: skip
     tokenizer = Tokenizer.load(model)
     text = "of the " * 20_000
