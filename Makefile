@@ -7,7 +7,7 @@ export OMP_NUM_THREADS ?= 1
 export TORCH_COMPILE_DISABLE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-transformers test-gpu fuzz sanitize bench lint format clean
+.PHONY: help setup demo test test-slow test-transformers test-streaming-community test-gpu fuzz sanitize bench lint format clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -37,6 +37,14 @@ test-transformers: setup  ## the Hugging Face side on the newest transformers 5,
 	.venv-transformers/bin/python -m pip install --disable-pip-version-check --quiet "transformers>=5" accelerate
 	.venv-transformers/bin/python -m pytest tests/hf
 
+test-streaming-community: setup  ## the data pipeline on streaming-community 0.14.2 in mosaicml-streaming's place, slow tests too
+	$(BIN)/python -m venv --clear .venv-streaming
+	.venv-streaming/bin/python -m pip install --disable-pip-version-check --quiet --no-deps streaming-community==0.14.2
+	@find='import site; print(site.getsitepackages()[0])'; \
+	echo "import site; site.addsitedir('$$($(BIN)/python -c "$$find")')" > "$$(.venv-streaming/bin/python -c "$$find")/training.pth"
+	.venv-streaming/bin/python -W ignore -c 'import streaming; assert streaming.__version__ == "0.14.2", streaming.__file__'
+	.venv-streaming/bin/python -m pytest tests/pipelines tests/faults/test_data_faults.py
+
 test-gpu:  ## the tests that need a CUDA device, in the current environment
 	$(PYTHON) -m pytest -m gpu tests/gpu
 
@@ -58,4 +66,4 @@ format: setup  ## apply them
 	$(BIN)/ruff check --fix .
 
 clean:  ## remove what the targets above made, .venv included
-	rm -rf $(VENV) .venv-transformers runs .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-transformers .venv-streaming runs .pytest_cache .ruff_cache
