@@ -125,7 +125,7 @@ class Tokenizer:
         return result
 
     def encode_long(self, text: str) -> NDArray[np.int32]:
-        """Token ids of one text: those of `encode`, in a tenth of the memory where the text is a whole library."""
+        """Token ids of one text: those of `encode`, in a third of the memory (42 MB of text: 0.3 GB, not 0.8)."""
         arrays, batch, size = [np.empty(0, np.int32)], [], 0
         for segment in self._segments(text):
             batch.append(segment)
