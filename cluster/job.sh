@@ -23,7 +23,7 @@ ssa_host() {
 #   128+    INT, USR1, USR2 or TERM came a second time: somebody is in a hurry
 #   other   a crash that the launcher could not mend, or a lost node: requeue while there is progress, at most 3 times without
 ssa_job() {
-    local run=$1 child code=75 before
+    local run=$1 job=$SLURM_JOB_ID child code=75 before
     shift
     before=$(ssa_latest "$run")
     if [[ $ssa_asked -eq 0 ]]; then
@@ -64,7 +64,9 @@ ssa_job() {
         return "$code"
     fi
     echo "job: requeued, to go on from $(ssa_latest "$run")"
-    scontrol requeue "$SLURM_JOB_ID" || echo "job: SLURM does not requeue it; sbatch the same script again to go on"
+    # A task of an array by its place in it: one of the tasks has the array's own number, and requeueing that restarts them all.
+    [[ -z ${SLURM_ARRAY_JOB_ID:-} ]] || job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
+    scontrol requeue "$job" || echo "job: SLURM does not requeue it; sbatch the same script again to go on"
     return "$code"
 }
 

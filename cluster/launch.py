@@ -216,9 +216,18 @@ def _answers(host: str, port: int, patience: float) -> bool:
     return False
 
 
+def _leave(code: int) -> None:
+    """End with `code`. Threads that still talk to the store would abort an ordinary exit: Python ends them when they ask for
+    its lock, in the middle of C++, and std::terminate turns every code into 134 (torch 2.13), which a scheduler requeues.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 def _interrupt(number: int, _frame) -> None:
     raise Interrupted(f"{signal.Signals(number).name} before any rank ran")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    _leave(main())

@@ -87,3 +87,10 @@ def test_a_signal_between_the_commands_start_and_the_traps_for_it_is_not_lost(tm
     said, _ = process.communicate(timeout=30)
     assert process.returncode == 75, said
     assert "asked of SLURM: requeue 7" in said
+
+
+def test_a_task_of_an_array_requeues_itself_and_not_the_whole_array(tmp_path):
+    """Once lost: the task that has the array's own number restarted every other one."""
+    process = start(tmp_path / "run", 75, before="SLURM_ARRAY_JOB_ID=7 SLURM_ARRAY_TASK_ID=3")
+    said, _ = process.communicate(timeout=30)
+    assert "asked of SLURM: requeue 7_3\n" in said

@@ -113,6 +113,30 @@ def test_a_port_that_is_taken_is_named_with_the_remedy(tmp_path):
     assert "--host 127.0.0.1:PORT takes another" in said
 
 
+def test_the_launchs_code_survives_threads_that_still_talk_to_the_store():
+    """Once lost, now and then on nodes other than the first: 134 instead of 0, so that a run that was done was requeued."""
+    code = """if 1:
+        import threading, time
+        from datetime import timedelta
+        from torch.distributed import TCPStore
+        from cluster.launch import _leave
+        server = TCPStore("127.0.0.1", 0, is_master=True, timeout=timedelta(seconds=5))
+        def talk():
+            client = TCPStore("127.0.0.1", server.port, is_master=False, timeout=timedelta(seconds=5))
+            while True:
+                client.set("beat", "1")
+        for _ in range(4):
+            threading.Thread(target=talk, daemon=True).start()
+        time.sleep(0.5)
+        _leave(3)
+    """
+    command = [sys.executable, "-c", code]
+    ended = subprocess.run(
+        command, cwd=launch.ROOT, env=launch.environment(), capture_output=True, text=True, timeout=60
+    )
+    assert ended.returncode == 3, ended.stderr
+
+
 def start(*arguments: str, **extra: str) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, "-m", "cluster.launch", "--nproc-per-node", "2", *arguments],
