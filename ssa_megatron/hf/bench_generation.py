@@ -2,8 +2,9 @@
 
 A model of the paper's 1B shape with random bf16 weights (speed does not depend on their values) decodes greedily, each row
 behind a cache of random keys of the length asked for. `graph` is `hf/decode.py`, a CUDA graph a step, as `ssa generate` runs
-it; `transformers` is the exported class and its own cache, step by step from Python. Rows are printed as they are measured
-and written as JSON. It refuses to run without a CUDA device unless `--tiny` asks for a rehearsal.
+it; `transformers` is the exported class and its own cache, step by step from Python, `prompt` its first forward over as many
+tokens, each also without the bundled kernels. Rows are printed as they are measured and written as JSON. It refuses to run
+without a CUDA device unless `--tiny` asks for a rehearsal.
 """
 
 import argparse
@@ -39,9 +40,9 @@ def random_model(device: str, tiny: bool) -> SSAForCausalLM:
     return model
 
 
-def seconds_a_step(step: Callable[[], object], steps: int, cuda: bool) -> float:
-    """Mean over `steps` after three that are not counted."""
-    for _ in range(3):
+def seconds_a_step(step: Callable[[], object], steps: int, cuda: bool, uncounted: int = 3) -> float:
+    """Mean over `steps` after some that are not counted."""
+    for _ in range(uncounted):
         step()
     if cuda:
         torch.cuda.synchronize()
@@ -89,14 +90,45 @@ def with_transformers(model, batch: int, length: int, mode: str, steps: int) -> 
     return {"ms": seconds * 1e3, "cache_gb": held / 1e9}
 
 
-PATHS = {"graph": with_kernels, "transformers": with_transformers}
+@torch.inference_mode()
+def prompt(model, batch: int, length: int, mode: str, steps: int) -> dict:
+    """`steps` are not used: the first forward compiles, the second is timed."""
+    tokens = torch.randint(model.config.vocab_size, (batch, length), device=model.device)
+
+    def run():
+        model(tokens, past_key_values=DynamicCache(), use_cache=True, inference_mode=mode, logits_to_keep=1)
+
+    run()
+    return {"ms": seconds_a_step(run, 1, model.device.type == "cuda", uncounted=0) * 1e3}
+
+
+def without_kernels(measure: Callable) -> Callable:
+    def measured(model, *arguments) -> dict:
+        model.config.sparse_backend = "torch"
+        try:
+            return measure(model, *arguments)
+        finally:
+            model.config.sparse_backend = "auto"
+
+    return measured
+
+
+PATHS = {
+    "graph": with_kernels,
+    "transformers": with_transformers,
+    "transformers, PyTorch alone": without_kernels(with_transformers),
+    "prompt": prompt,
+    "prompt, PyTorch alone": without_kernels(prompt),
+}
+LONGEST_PROMPT = 32768
 
 
 def rows(model, lengths: list[int], batches: list[int], steps: int, limit_s: float) -> Iterator[dict]:
     """One row a path, length, batch and mode; what would begin after `limit_s` is left out, and said."""
     began = time.monotonic()
     for path, measure in PATHS.items():
-        for length in lengths:
+        prompts = path.startswith("prompt")
+        for length in (n for n in lengths if not prompts or n <= LONGEST_PROMPT):
             for batch in batches if path == "graph" else batches[:1]:
                 full = None
                 for mode in ("full", "sparse"):
@@ -107,7 +139,7 @@ def rows(model, lengths: list[int], batches: list[int], steps: int, limit_s: flo
                     if model.device.type == "cuda":
                         torch.cuda.empty_cache()
                     row |= measure(model, batch, length, mode, steps)
-                    row["tokens_per_s"] = batch * 1e3 / row["ms"]
+                    row["tokens_per_s"] = batch * (length if prompts else 1) * 1e3 / row["ms"]
                     full = full or row["ms"]
                     yield row | {"times_faster": full / row["ms"]}
 
@@ -117,7 +149,7 @@ def main() -> None:
     parser.add_argument("--tokens", nargs="+", type=int, default=[8192, 32768, 131072])
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 32])
     parser.add_argument("--steps", type=int, default=32)
-    parser.add_argument("--limit", type=float, default=60.0, help="seconds after which no new row begins")
+    parser.add_argument("--limit", type=float, default=120.0, help="seconds after which no new row begins")
     parser.add_argument("--tiny", action="store_true", help="a rehearsal on a CPU, with a tiny model")
     parser.add_argument("--out", type=Path, default=Path("bench-generation.json"))
     a = parser.parse_args()

@@ -12,6 +12,7 @@ from transformers import PretrainedConfig
 KINDS = ("full", "moba", "nsa", "ssa")
 MODES = ("full", "sparse")
 TOPK = ("exact", "authors")
+SPARSE_BACKENDS = ("auto", "torch")
 ROPE_NEEDS = {
     "default": (),
     "linear": ("factor",),
@@ -53,7 +54,9 @@ class SSAConfig(PretrainedConfig):
     `window` (tokens) is used by `nsa`; `alignment_weight` and `sparse_probability` (how often the residual follows the
     sparse stream) by `ssa` in training. `inference_mode` is what a forward runs
     unless it is told otherwise: "full" attends to everything, "sparse" to the selected blocks; None means sparse for
-    moba and nsa (they train that way) and full for the others.
+    moba and nsa (they train that way) and full for the others. `sparse_backend` "auto" runs sparse attention without
+    gradients in the Triton kernels beside this file where there is an NVIDIA GPU and triton, else in PyTorch; "torch"
+    always in PyTorch.
     """
 
     model_type = "ssa"
@@ -82,6 +85,7 @@ class SSAConfig(PretrainedConfig):
         alignment_weight=10.0,
         sparse_probability=0.5,
         inference_mode=None,
+        sparse_backend="auto",
         use_cache=True,
         tie_word_embeddings=True,
         bos_token_id=None,
@@ -99,23 +103,21 @@ class SSAConfig(PretrainedConfig):
         self.max_position_embeddings = max_position_embeddings
         self.rms_norm_eps = rms_norm_eps
         self.initializer_range = initializer_range
-        self.attention_kind = check_choice("attention_kind", attention_kind, KINDS)
+        self.attention_kind = attention_kind
         self.block_size = block_size
         self.block_count = block_count
-        self.topk = check_choice("topk", topk, TOPK)
+        self.topk = topk
         self.window = window
         self.alignment_weight = alignment_weight
         self.sparse_probability = sparse_probability
         if inference_mode is None:
             inference_mode = "sparse" if attention_kind in ("moba", "nsa") else "full"
-        self.inference_mode = check_choice("inference_mode", inference_mode, MODES)
+        self.inference_mode = inference_mode
+        self.sparse_backend = sparse_backend
         self.use_cache = use_cache
         if num_attention_heads % num_key_value_heads:
             raise ValueError(f"num_key_value_heads={num_key_value_heads} must divide {num_attention_heads} query heads")
-        if min(block_size, block_count, window) < 1:
-            raise ValueError(
-                f"block_size={block_size}, block_count={block_count} and window={window} must be at least 1"
-            )
+        self.check_attention()
         # `rope_parameters` wins: it is what a saved config holds, and what transformers 5 renames `rope_scaling` to.
         self.rope_parameters = checked_rope(rope_parameters or rope_scaling or {}, rope_theta)
         self.rope_theta = self.rope_parameters["rope_theta"]
@@ -129,6 +131,16 @@ class SSAConfig(PretrainedConfig):
         # transformers 5 no longer keeps these two as common attributes of every config
         self.tie_word_embeddings = tie_word_embeddings
         self.bos_token_id, self.eos_token_id, self.pad_token_id = bos_token_id, eos_token_id, pad_token_id
+
+    def check_attention(self):
+        """Raises ValueError for what no forward can run."""
+        check_choice("attention_kind", self.attention_kind, KINDS)
+        check_choice("topk", self.topk, TOPK)
+        check_choice("inference_mode", self.inference_mode, MODES)
+        check_choice("sparse_backend", self.sparse_backend, SPARSE_BACKENDS)
+        if min(self.block_size, self.block_count, self.window) < 1:
+            sizes = f"block_size={self.block_size}, block_count={self.block_count} and window={self.window}"
+            raise ValueError(f"{sizes} must be at least 1")
 
     @property
     def gates(self):

@@ -12,8 +12,8 @@ dim, M blocks, S blocks selected. `start_b` is the index of each row's first rea
 
 import math
 from contextlib import nullcontext
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, fields
+from functools import lru_cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +30,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .configuration_ssa import MODES, SSAConfig, check_choice
 
 WITHOUT_PLANS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+CACHE = "cache" if "cache" in {field.name for field in fields(BaseModelOutputWithPast)} else "past_key_values"
+"""What this transformers calls the cache: `cache` in 5.24, whose generate() hands it to a forward by no other name."""
 CHUNK_ELEMENTS = 1 << 24
 """Elements of the largest temporary of one chunk of queries; bounds memory at any length."""
 
@@ -206,6 +208,13 @@ class SSALayer(DynamicLayer):
         self._forget()
 
 
+def one_cache(past_key_values, cache):
+    """The cache, by either of the names that transformers has for it."""
+    if past_key_values is not None and cache is not None and cache is not past_key_values:
+        raise ValueError("past_key_values and cache are two names of one argument, and both were given")
+    return cache if past_key_values is None else past_key_values
+
+
 def adopt_cache(cache, layers):
     """Make every layer of a DynamicCache an SSALayer, keeping what it holds."""
     if not isinstance(cache, DynamicCache) or getattr(cache, "offloading", False):
@@ -229,8 +238,18 @@ def best_blocks(score, count):
     return F.pad(index, (0, count - index.shape[-1]), value=-1)
 
 
+def group_scores(q_bkgtd, pooled_bkmd, position_bt, block_size):
+    """[B, K, T, M]: each earlier block's probability among the complete ones, summed over the group; -1 for the others."""
+    index = torch.arange(pooled_bkmd.shape[2], device=q_bkgtd.device)
+    complete = (index + 1) * block_size <= position_bt[..., None] + 1  # [B, T, M]
+    score = torch.einsum("bkgtd,bkmd->bkgtm", wide(q_bkgtd), pooled_bkmd)
+    score = score.masked_fill(~complete[:, None, None], float("-inf")).softmax(-1).sum(2)
+    candidate = index < position_bt[..., None] // block_size
+    return score.masked_fill(~candidate[:, None], -1.0)  # also clears the NaN of tokens without any complete block
+
+
 @torch.no_grad()
-def select_blocks(q_bkgtd, pooled_bkmd, position_bt, config, block_count):
+def select_blocks(q_bkgtd, pooled_bkmd, position_bt, config, block_count, scores=group_scores):
     """Block numbers [B, K, T, S], own block first, -1 where there is none; q is already scaled."""
     batch, heads, _, tokens, _ = q_bkgtd.shape
     own = (position_bt // config.block_size)[:, None].expand(batch, heads, tokens)
@@ -238,11 +257,7 @@ def select_blocks(q_bkgtd, pooled_bkmd, position_bt, config, block_count):
     if block_count == 1 or blocks == 0:
         return own[..., None]
     index = torch.arange(blocks, device=own.device)
-    complete = (index + 1) * config.block_size <= position_bt[..., None] + 1  # [B, T, M]
-    score = torch.einsum("bkgtd,bkmd->bkgtm", wide(q_bkgtd), pooled_bkmd)
-    score = score.masked_fill(~complete[:, None, None], float("-inf")).softmax(-1).sum(2)
-    candidate = index < own[..., None]
-    score = score.masked_fill(~candidate, -1.0)  # also clears the NaN of tokens without any complete block
+    score = scores(q_bkgtd, pooled_bkmd, position_bt, config.block_size)
     chosen = best_blocks(score, min(block_count - 1, blocks))
     if (
         config.topk == "authors"
@@ -306,18 +321,42 @@ def full_stream(q, k, v, position_bt, start_b):
     return in_chunks(chunk, tokens, chunk_size(q, batch * heads * total))
 
 
+@lru_cache
+def bundled_kernels():
+    """What triton_ssa.py beside this file holds, or None where triton is not installed; imported when it is needed first."""
+    try:
+        from .triton_ssa import attend, group_scores, serves
+    except ImportError:
+        return None
+    return serves, group_scores, attend
+
+
+def kernels_for(config, *tensors):
+    """(group_scores, attend) of the bundled Triton kernels; None for PyTorch's: gradients, other devices, sparse_backend."""
+    if config.sparse_backend == "torch" or not tensors[0].is_cuda:
+        return None
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        return None
+    found = bundled_kernels()
+    return found[1:] if found and found[0](*tensors) else None
+
+
 def sparse_stream(q, k, v, pooled_k, position_bt, start_b, config, block_count):
     """Attention to the selected blocks, [B, H, T, D]; gathers S blocks a query, so only routing grows with N."""
     batch, heads, tokens, dim = q.shape
     kv_heads, total, size = k.shape[1], k.shape[2], config.block_size
     if block_count * size >= total and config.topk == "exact":
         return full_stream(q, k, v, position_bt, start_b)
+    kernels = kernels_for(config, q, k, v)
     row = torch.arange(batch, device=q.device)[:, None, None, None]
     head = torch.arange(kv_heads, device=q.device)[:, None, None]
     scaled = (q * dim**-0.5).view(batch, kv_heads, heads // kv_heads, tokens, dim)
 
     def chunk(part):
         q_part, position = scaled[:, :, :, part], position_bt[:, part]
+        if kernels is not None:
+            blocks = select_blocks(q_part, pooled_k, position, config, block_count, kernels[0])
+            return kernels[1](q_part, k, v, blocks, position, start_b, size)
         blocks = select_blocks(q_part, pooled_k, position, config, block_count)
         index = blocks[..., None] * size + torch.arange(size, device=q.device)
         seen = ((index >= 0) & (index <= position[:, None, :, None, None])).flatten(3)  # [B, K, T, S * size]
@@ -328,6 +367,8 @@ def sparse_stream(q, k, v, pooled_k, position_bt, start_b, config, block_count):
         return torch.einsum("bkgts,bktsd->bkgtd", weight, v[row, head, index]).flatten(1, 2)
 
     per_token = batch * max(kv_heads * block_count * size * dim, heads * pooled_k.shape[2])
+    if kernels is not None:  # the scores of every block and their order are all that is kept
+        per_token = batch * kv_heads * max(4 * pooled_k.shape[2], block_count)
     return in_chunks(chunk, tokens, chunk_size(q, per_token))
 
 
@@ -508,6 +549,7 @@ class SSACausalLMOutput(CausalLMOutputWithPast):
 class SSAModel(SSAPreTrainedModel):
     def __init__(self, config):
         super().__init__(config)
+        config.check_attention()  # `from_pretrained(folder, block_count=...)` sets what the config's own checks never saw
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(SSADecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = SSARMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -532,11 +574,13 @@ class SSAModel(SSAPreTrainedModel):
         inference_mode=None,
         block_count=None,
         with_alignment=False,
+        cache=None,
         **kwargs,
     ):
-        """`attention_mask` [B, past + T]; `inference_mode` and `block_count` overrule the config for this call.
+        """`attention_mask` [B, past + T]; `past_key_values` may also be given as `cache`.
 
-        Other arguments are handed to the attention function of `config._attn_implementation` where it is not SDPA.
+        `inference_mode` and `block_count` overrule the config for this call. Other arguments are handed to the attention
+        function of `config._attn_implementation` where it is not SDPA.
         """
         mode = check_choice("inference_mode", inference_mode or self.config.inference_mode, MODES)
         block_count = self.config.block_count if block_count is None else block_count
@@ -545,6 +589,7 @@ class SSAModel(SSAPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        past_key_values = one_cache(past_key_values, cache)
         use_cache = self.config.use_cache if use_cache is None else use_cache
         if use_cache and past_key_values is None and not torch.is_grad_enabled():
             past_key_values = DynamicCache()
@@ -573,9 +618,9 @@ class SSAModel(SSAPreTrainedModel):
             alignment = (per_token * real).sum() / real.sum().clamp(min=1)
         output = SSAModelOutput(
             last_hidden_state=x,
-            past_key_values=cache,
             hidden_states=(*hidden, x) if output_hidden_states else None,
             alignment_loss=alignment,
+            **{CACHE: cache},
         )
         return output.to_tuple() if return_dict is False else output
 
@@ -642,6 +687,7 @@ class SSAForCausalLM(SSAPreTrainedModel, GenerationMixin):
         block_count=None,
         trunk=None,
         num_items_in_batch=None,
+        cache=None,
         **kwargs,
     ):
         """Logits [B, T, V] and, with `labels`, the loss: cross-entropy (training ssa: + alignment_weight * alignment).
@@ -661,7 +707,7 @@ class SSAForCausalLM(SSAPreTrainedModel, GenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            past_key_values=one_cache(past_key_values, cache),
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
@@ -685,16 +731,17 @@ class SSAForCausalLM(SSAPreTrainedModel, GenerationMixin):
         result = SSACausalLMOutput(
             loss=loss,
             logits=logits,
-            past_key_values=output.past_key_values,
             hidden_states=output.hidden_states,
             alignment_loss=output.alignment_loss,
+            **{CACHE: getattr(output, CACHE)},
         )
         return result.to_tuple() if return_dict is False else result
 
     def prepare_inputs_for_generation(
-        self, input_ids, past_key_values=None, attention_mask=None, inputs_embeds=None, **kwargs
+        self, input_ids, past_key_values=None, attention_mask=None, inputs_embeds=None, cache=None, **kwargs
     ):
         """The tokens the cache has not seen. Positions come from the mask, so transformers' own are dropped."""
+        past_key_values = one_cache(past_key_values, cache)
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
         for name in ("cache_position", "position_ids", "next_sequence_length", "is_first_iteration"):
             kwargs.pop(name, None)

@@ -50,7 +50,7 @@ def test_folder_has_everything_a_reader_needs(folder, run):
     assert names == {
         *("config.json", "generation_config.json", "configuration_ssa.py", "modeling_ssa.py", "model.safetensors"),
         *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "README.md", "parity.json"),
-        "tokenizer.model",
+        *("tokenizer.model", "triton_ssa.py"),
     }
     config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
     assert (config.model_type, config.attention_kind, config.block_count) == ("ssa", "ssa", 3)
@@ -121,6 +121,7 @@ def test_save_pretrained_of_a_loaded_folder_loads_again_with_its_code(tmp_path, 
     model = load(folder).set_attention(inference_mode="sparse", block_count=2)
     model.save_pretrained(tmp_path / "again")
     again = load(tmp_path / "again")
+    assert (tmp_path / "again" / "triton_ssa.py").read_bytes() == (folder / "triton_ssa.py").read_bytes()
     assert (again.config.inference_mode, again.config.block_count) == ("sparse", 2)
     tokens = torch.arange(90)[None]
     with torch.no_grad():
@@ -138,6 +139,9 @@ def test_context_mode_and_budget_can_be_chosen_at_load(folder):
         assert (got - want).abs().max() > 1e-3
         plain.config.rope_scaling = yarn
         assert torch.equal(got, plain(tokens, inference_mode="sparse", block_count=2).logits)
+    for wrong in ({"inference_mode": "spars"}, {"block_count": 0}, {"sparse_backend": "cuda"}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):  # not at the first forward, after minutes of loading
+            AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, **wrong)
     with pytest.raises(ValueError, match="rope_type='dynamic'"):
         plain.config.rope_scaling = {"rope_type": "dynamic", "factor": 2.0}
 

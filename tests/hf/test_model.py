@@ -188,6 +188,31 @@ def test_generate_gives_the_same_tokens_with_and_without_cache_alone_and_in_a_ba
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}], ids=["greedy", "beams"])
+def test_generate_feeds_one_new_token_a_step_whatever_transformers_calls_the_cache(options):
+    """transformers 5.24 hands the cache over as `cache`: unheard, every step was a whole prompt, with the same tokens."""
+    model = build("ssa")[0]
+    fed = []
+    model.model.layers[0].register_forward_pre_hook(lambda _, arguments: fed.append(arguments[0].shape[1]))
+    made = model.generate(tokens_of(40), max_new_tokens=5, do_sample=False, eos_token_id=-1, **options)
+    assert (made.shape[1], fed) == (45, [40, 1, 1, 1, 1])
+    cache = DynamicCache()
+    with torch.no_grad():
+        model(tokens_of(40), cache=cache, use_cache=True)
+        assert cache.get_seq_length() == 40
+        with pytest.raises(ValueError, match="two names of one argument"):
+            model(tokens_of(1), cache=cache, past_key_values=DynamicCache())
+
+
+def test_a_model_drafts_for_itself_and_every_draft_is_kept():
+    """Assisted generation crops the caches of both models after each round."""
+    model, tokens = build("ssa", block_count=2)[0], tokens_of(70)
+    options = {"max_new_tokens": 30, "do_sample": False, "eos_token_id": -1, "inference_mode": "sparse"}
+    plain = model.generate(tokens, **options)
+    assert model.generate(tokens, assistant_model=build("ssa", block_count=2)[0], **options).tolist() == plain.tolist()
+    assert model.generate(tokens, prompt_lookup_num_tokens=3, **options).tolist() == plain.tolist()
+
+
 def test_beam_search_reorders_keys_values_and_pooled_keys_together():
     model, _, _ = build("nsa", block_count=3)
     tokens, mask = left_padded([tokens_of(50)[0], tokens_of(31)[0]])
