@@ -89,6 +89,7 @@ if INSIDE:
     def test_a_models_logits_whole_padded_and_cached_are_pytorchs(kind, heads, topk, calls):
         authors = {"block_size": 4, "block_count": 16} if topk == "authors" else {}
         model = build(kind, heads=heads, topk=topk, **authors)
+        model.config.sparse_backend = "auto"
         tokens, mask = tokens_of(74, 2), torch.ones(2, 74, dtype=torch.long)
         mask[1, :5] = 0
         with torch.no_grad():
@@ -109,6 +110,7 @@ if INSIDE:
 
     def test_chunks_of_queries_do_not_change_what_the_kernels_give(calls, monkeypatch):
         model, tokens = build(), tokens_of(50)
+        model.config.sparse_backend = "auto"
         with torch.no_grad():
             want = model(tokens, inference_mode="sparse").logits
             monkeypatch.setattr(modeling_ssa, "CHUNK_ELEMENTS", 1000)
