@@ -46,7 +46,10 @@ SlurmctldTimeout=30
 SlurmdTimeout=30
 NodeName=n1 NodeHostname=localhost NodeAddr=127.0.0.1 Port={first} CPUs=4 RealMemory=4000
 NodeName=n2 NodeHostname=localhost NodeAddr=127.0.0.1 Port={second} CPUs=4 RealMemory=4000
-PartitionName=all Nodes=n1,n2 Default=YES MaxTime=60 State=UP OverSubscribe=NO
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName=all Nodes=n1,n2 Default=YES MaxTime=60 State=UP OverSubscribe=NO PriorityTier=1 PreemptMode=REQUEUE GraceTime=60
+PartitionName=urgent Nodes=n1,n2 MaxTime=60 State=UP OverSubscribe=NO PriorityTier=9 PreemptMode=OFF
 """
 
 
@@ -149,7 +152,7 @@ class MiniSlurm:
 
         def ready() -> bool:
             done = subprocess.run(idle, env=self.environment, capture_output=True, text=True, timeout=30)
-            return done.stdout.split() == ["n1", "n2"]
+            return set(done.stdout.split()) == {"n1", "n2"}  # once a partition
 
         _until(ready, 60, "n1 and n2 are not idle", self.logs)
 

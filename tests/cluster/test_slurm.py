@@ -1,72 +1,24 @@
-"""The shipped templates on a real SLURM of two nodes: every way a job is stopped, and that it goes on as if it had not been."""
+"""The template for several nodes on a real SLURM: every way a job is stopped, and that it goes on as if it had not been."""
 
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 import yaml
 
 from ssa_megatron.train.metrics import read_metrics
 from ssa_megatron.train.restarts import read_starts
-from ssa_megatron.train.run_folder import read_recipe
-from tests.cluster.conftest import SMALL, submit
-from tests.cluster.mini_slurm import MiniSlurm
-from tests.ssa_megatron.test_resume import figures, final_digest
+from tests.cluster.jobs import Job, check_equal, ranks
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 
-class Job:
-    """A run submitted with the template for several nodes."""
-
-    def __init__(self, slurm: MiniSlurm, site: Path, run: Path, data: Path, *arguments: str, nodes: str = "2"):
-        self.slurm, self.run = slurm, run
-        said = submit(
-            *("--site", site, "--nodes", nodes, "--run-folder", run, *arguments, "demo", *SMALL, f"data.path={data}"),
-            environment=slurm.environment,
-        )
-        [line] = [line for line in said.splitlines() if line.startswith("job  ")]
-        self.id = line.split()[1]
-
-    @property
-    def log(self) -> str:
-        return "\n".join(path.read_text() for path in sorted((self.run / "logs").glob("*.log")))
-
-    def reach(self, step: int, timeout: float = 400) -> None:
-        deadline = time.monotonic() + timeout
-        metrics = self.run / "metrics.jsonl"
-        while not (metrics.exists() and any(line["step"] >= step for line in read_metrics(metrics))):
-            assert time.monotonic() < deadline, f"step {step} not within {timeout} s\n{self.log}\n{self.slurm.logs()}"
-            time.sleep(0.1)
-
-    def again(self, restarts: int, timeout: float = 200) -> None:
-        """Wait for the requeue, and let it start now: SLURM otherwise holds a requeued job back for two minutes."""
-        deadline = time.monotonic() + timeout
-        while int((found := self.slurm.job(self.id))["Restarts"]) < restarts or "COMPLETING" in found["JobState"]:
-            assert time.monotonic() < deadline, f"{found}\n{self.log}"
-            time.sleep(0.3)
-        if found["JobState"] == "PENDING":
-            time.sleep(3)  # credentials of the earlier life are revoked by the second
-            self.slurm.command("scontrol", "update", f"JobId={self.id}", "StartTime=now")
-
-    def end(self, state: str = "COMPLETED", timeout: float = 400) -> None:
-        done = self.slurm.wait(self.id, "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", timeout=timeout)
-        assert done["JobState"] == state, f"{done}\n{self.log}"
-
-
 @pytest.fixture
 def job(slurm, site, tmp_path, data):
-    job = Job(slurm, site, tmp_path / "run", data)
+    job = Job.submit(slurm, site, tmp_path / "run", data)
     yield job
     slurm.command("scancel", job.id)
     slurm.wait(job.id, "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", timeout=60)
-
-
-def check_equal(run: Path, whole: Path) -> None:
-    """Each step once, every figure the same bits, and so are the final weights and moments."""
-    assert figures(run) == figures(whole)
-    assert final_digest(run) == final_digest(whole)
 
 
 def test_a_job_on_two_nodes_trains_to_its_end(job, whole):
@@ -92,13 +44,6 @@ def test_a_signal_to_the_batch_shell_saves_requeues_and_continues(job, whole):
     check_equal(job.run, whole)
 
 
-def ranks(run: Path, node: str | None = None) -> list[psutil.Process]:
-    """The processes that train in `run`, on one node or on all."""
-    asked = psutil.process_iter(["cmdline", "environ"])  # None for a process that has ended meanwhile
-    found = [p for p in asked if {"ssa_megatron", str(run)} <= set(p.info["cmdline"] or ())]
-    return [p for p in found if node is None or (p.info["environ"] or {}).get("SLURMD_NODENAME") == node]
-
-
 def kill_node(run: Path, node: str) -> None:
     """Rank, launcher and slurmstepd of a node are gone without a word."""
     [rank] = ranks(run, node)
@@ -112,7 +57,7 @@ def test_the_time_limit_is_announced_saved_for_and_outlived(slurm, site, tmp_pat
     """Four minutes; 10 s of grace and SLURM's minute before that. The ranks pause, so that the limit comes before their end."""
     hurried = tmp_path / "site.yaml"
     hurried.write_text(yaml.safe_dump(yaml.safe_load(site.read_text()) | {"grace": 10}))
-    job = Job(slurm, hurried, tmp_path / "run", data, "--time", "4")
+    job = Job.submit(slurm, hurried, tmp_path / "run", data, "--time", "4")
     job.reach(5)
     paused = ranks(job.run)
     for process in paused:
@@ -132,7 +77,7 @@ def test_the_time_limit_is_announced_saved_for_and_outlived(slurm, site, tmp_pat
 
 
 def test_a_job_whose_node_died_goes_on_with_the_node_that_is_left(slurm, site, tmp_path, data, whole):
-    job = Job(slurm, site, tmp_path / "run", data, nodes="1-2")
+    job = Job.submit(slurm, site, tmp_path / "run", data, nodes="1-2")
     job.reach(14)
     kill_node(job.run, "n2")
     for state in ("DOWN", "DRAIN"):  # SLURM learns of it; drained, it does not come back by itself
@@ -148,22 +93,6 @@ def test_a_job_whose_node_died_goes_on_with_the_node_that_is_left(slurm, site, t
     assert [line["step"] for line in lines] == [line["step"] for line in expected]
     for line, other in zip(lines, expected, strict=True):
         assert line["loss"] == pytest.approx(other["loss"], rel=1e-5), line["step"]
-
-
-def test_an_array_trains_a_run_for_each_line_of_the_sweep(slurm, site, tmp_path, data):
-    sweep, run = tmp_path / "sweep.txt", tmp_path / "runs"
-    sweep.write_text("# two rates\noptimizer.lr=0.001\noptimizer.lr=0.002 train.seed=7\n")
-    said = submit(
-        *("--site", site, "--sweep", sweep, "--run-folder", run, "demo", *SMALL, "train.steps=4", f"data.path={data}"),
-        environment=slurm.environment,
-    )
-    job = next(line.split()[1] for line in said.splitlines() if line.startswith("job  "))
-    for task in ("0", "1"):
-        done = slurm.wait(f"{job}_{task}", "COMPLETED", "FAILED", "CANCELLED", timeout=400)
-        assert done["JobState"] == "COMPLETED", (run / "logs" / f"{job}_{task}.log").read_text()
-        assert [line["step"] for line in read_metrics(run / task / "metrics.jsonl")] == [1, 2, 3, 4]
-    assert [read_recipe(run / task).optimizer.lr for task in ("0", "1")] == [0.001, 0.002]
-    assert [read_recipe(run / task).train.seed for task in ("0", "1")] == [1234, 7]
 
 
 def test_a_signal_before_any_rank_runs_is_answered_too(job, whole):
