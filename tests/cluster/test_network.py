@@ -6,6 +6,7 @@ Cutting the link is what a broken switch does: packets vanish, nobody is told, a
 import contextlib
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -49,8 +50,16 @@ class Network:
         self.mend()
         return self
 
+    def names(self, **hosts: str) -> None:
+        """What each machine's /etc/hosts says, by its letter; `ip netns exec` mounts it there."""
+        for name, text in hosts.items():
+            folder = Path("/etc/netns") / (PREFIX + name)
+            folder.mkdir(parents=True)
+            (folder / "hosts").write_text("127.0.0.1 localhost\n" + text + "\n")
+
     def __exit__(self, *_) -> None:
         for name in "abr":
+            shutil.rmtree(Path("/etc/netns") / (PREFIX + name), ignore_errors=True)
             with contextlib.suppress(AssertionError):
                 ip("netns", "delete", PREFIX + name)
 
@@ -70,10 +79,10 @@ class Network:
 class Node:
     """A launcher in one of the namespaces; its output in a file."""
 
-    def __init__(self, name: str, rank: int, log: Path, *arguments: str):
+    def __init__(self, name: str, rank: int, log: Path, *arguments: str, host: str = FIRST):
         self.log_path, self._log = log, log.open("w")
         command = ["ip", "netns", "exec", PREFIX + name, sys.executable, "-m", "cluster.launch"]
-        command += ["--host", FIRST, "--node-rank", str(rank), *arguments]
+        command += ["--host", host, "--node-rank", str(rank), *arguments]
         self.process = subprocess.Popen(
             command, cwd=launch.ROOT, env=launch.environment(), stdout=self._log, stderr=self._log
         )
@@ -110,11 +119,11 @@ def network():
 
 
 @contextlib.contextmanager
-def two_nodes(tmp_path: Path, data: Path, nodes: str):
+def two_nodes(tmp_path: Path, data: Path, nodes: str, host: str = FIRST):
     command = ("train", "demo", *SMALL, f"data.path={data}", "--run-folder", str(tmp_path / "run"))
     options = ("--nodes", nodes, "--silence", "8", "--id", PREFIX, *command)
-    first = Node("a", 0, tmp_path / "first.log", *options)
-    second = Node("b", 1, tmp_path / "second.log", *options)
+    first = Node("a", 0, tmp_path / "first.log", *options, host=host)
+    second = Node("b", 1, tmp_path / "second.log", *options, host=host)
     try:
         yield first, second
     finally:
@@ -146,6 +155,17 @@ def test_two_machines_meet_train_and_end_together(network, tmp_path, data, whole
         assert figures(tmp_path / "run") == figures(whole)
 
 
+def test_a_first_node_that_calls_itself_127_0_1_1_is_met_by_its_name_with_a_domain(network, tmp_path, data, whole):
+    """Debian's /etc/hosts. Once lost: it told the other to connect to 127.0.0.1, which waited for itself."""
+    name = "node-a.cluster.example"
+    network.names(a=f"127.0.1.1 {name}", b=f"{FIRST} {name}")
+    with two_nodes(tmp_path, data, "2", host=name) as (first, second):
+        first.end(400)
+        second.end(60)
+        assert f", {FIRST}) of 2" in first.log
+        assert figures(tmp_path / "run") == figures(whole)
+
+
 def test_a_cut_link_is_noticed_and_named_and_the_run_goes_on_alone_then_together_again(network, tmp_path, data, whole):
     run = tmp_path / "run"
     with two_nodes(tmp_path, data, "1:2") as (first, second):
@@ -157,7 +177,9 @@ def test_a_cut_link_is_noticed_and_named_and_the_run_goes_on_alone_then_together
         assert SECOND in lost
         second.says(rf"launch: the rendezvous host has not answered this node \(.* at {SECOND}\) for \d+ s", 30)
         print(f"cut noticed after {first_knew:.1f} s and {time.monotonic() - cut:.1f} s")
-        first.says(r"1 process\(es\) on cpu, data 1", 300)
+        first.says(
+            r"1 process\(es\) on cpu, data 1[\s\S]*starting at step", 300
+        )  # metrics.jsonl has steps of before until then
         reach(run, 12, first)
         [rank] = psutil.Process(first.process.pid).children(recursive=True)
         rank.suspend()  # or it would be done before the other has loaded its libraries
