@@ -7,7 +7,7 @@ row's first real token. It refuses a folder that is not a complete export, and s
 from collections.abc import Sequence
 from pathlib import Path
 
-from ssa_megatron.errors import CheckpointError, ConfigError
+from ssa_megatron.errors import CheckpointError, ConfigError, SSAError
 
 MODES = ("full", "sparse")
 
@@ -26,12 +26,28 @@ def open_folder(folder: str | Path, *, device: str = "cpu"):
         return bare.load_model(path, device=device), bare.load_tokenizer(path)
     except (OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(
-            f"{folder}: cannot be loaded: {str(error).splitlines()[0]}", remedy="export the run again"
+            f"{folder}: cannot be loaded: {_what(error, path)}", remedy="export the run again"
         ) from error
     except Exception as error:  # safetensors' own error type derives from Exception directly
         if type(error).__name__ != "SafetensorError":
             raise
         raise CheckpointError(f"{folder}: damaged weights ({error})", remedy="export the run again") from error
+
+
+def _what(error: Exception, path: Path) -> str:
+    """One line of it. For weights of other shapes than config.json's the headers are read: transformers 5 names none."""
+    from ssa_megatron.hf.configuration_ssa import SSAConfig
+    from ssa_megatron.hf.export import expected_shapes
+    from ssa_megatron.hf.folder import HubFolder
+
+    try:
+        stored, expected = HubFolder(path).shapes, expected_shapes(SSAConfig.from_pretrained(path))
+    except (SSAError, OSError, ValueError, RuntimeError):
+        stored = expected = {}  # then the first error is the one to tell
+    for name, shape in expected.items():
+        if stored.get(name, shape) != shape:
+            return f"{name} has shape {stored[name]}, config.json's sizes make it {shape}"
+    return str(error).splitlines()[0]
 
 
 def check_attention(mode: str | None, block_count: int | None) -> None:

@@ -743,13 +743,17 @@ class SSAForCausalLM(SSAPreTrainedModel, GenerationMixin):
         """The tokens the cache has not seen. Positions come from the mask, so transformers' own are dropped."""
         past_key_values = one_cache(past_key_values, cache)
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
-        for name in ("cache_position", "position_ids", "next_sequence_length", "is_first_iteration"):
+        told = kwargs.pop("next_sequence_length", None)
+        for name in ("cache_position", "position_ids", "is_first_iteration"):
             kwargs.pop(name, None)
         inputs = {"past_key_values": past_key_values, "attention_mask": attention_mask, **kwargs}
         if inputs_embeds is not None and past == 0:
             inputs["inputs_embeds"] = inputs_embeds
         else:
-            new = (attention_mask if attention_mask is not None else input_ids).shape[1] - past
+            if attention_mask is not None:
+                new = attention_mask.shape[1] - past
+            else:  # after a prompt of embeddings, input_ids hold fewer tokens than the cache; transformers 5 gives no mask then
+                new = told or input_ids.shape[1] - past
             inputs["input_ids"] = input_ids[:, -new:].contiguous()
         return inputs
 

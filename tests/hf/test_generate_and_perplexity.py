@@ -109,7 +109,12 @@ def test_wrong_arguments_are_named(folder, opened, rows):
         (
             "config.json",
             lambda content: content.replace(b'"hidden_size": 32', b'"hidden_size": 64'),
-            "cannot be loaded",
+            "config.json's sizes make it",
+        ),
+        (
+            "config.json",
+            lambda content: content.replace(b'"vocab_size": 700', b'"vocab_size": 640'),
+            r"embed_tokens.weight has shape \(700, 32\), .* make it \(640, 32\)",
         ),
         ("config.json", lambda content: content.replace(b'_kind": "ssa"', b'_kind": "abc"'), "attention_kind='abc'"),
     ],

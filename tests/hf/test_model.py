@@ -204,6 +204,15 @@ def test_generate_feeds_one_new_token_a_step_whatever_transformers_calls_the_cac
             model(tokens_of(1), cache=cache, past_key_values=DynamicCache())
 
 
+@pytest.mark.parametrize("masked", [True, False])
+def test_a_prompt_of_embeddings_is_continued_as_its_tokens_are(masked):
+    model, tokens = build("ssa")[0], tokens_of(40)
+    options = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": -1}
+    given = {"attention_mask": torch.ones_like(tokens)} if masked else {}
+    made = model.generate(inputs_embeds=model.get_input_embeddings()(tokens), **given, **options)
+    assert made.tolist() == model.generate(tokens, **options)[:, 40:].tolist()
+
+
 def test_a_model_drafts_for_itself_and_every_draft_is_kept():
     """Assisted generation crops the caches of both models after each round."""
     model, tokens = build("ssa", block_count=2)[0], tokens_of(70)
