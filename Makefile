@@ -7,7 +7,7 @@ export OMP_NUM_THREADS ?= 1
 export TORCH_COMPILE_DISABLE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-transformers test-streaming-community test-gpu fuzz sanitize bench lint format clean
+.PHONY: help setup demo test test-slow test-transformers test-streaming-community test-gpu test-two-gpus fuzz sanitize bench lint format clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -46,7 +46,10 @@ test-streaming-community: setup  ## the data pipeline on streaming-community 0.1
 	.venv-streaming/bin/python -m pytest tests/pipelines tests/faults/test_data_faults.py
 
 test-gpu:  ## the tests that need a CUDA device, in the current environment
-	$(PYTHON) -m pytest -m gpu tests/gpu
+	$(PYTHON) -m pytest -m "gpu and not two_gpus" tests/gpu
+
+test-two-gpus:  ## those that need two: training over NCCL
+	$(PYTHON) -m pytest -m two_gpus tests/gpu
 
 fuzz:  ## ten thousand random shapes and inputs through every kernel, judged in fp64; needs a CUDA device
 	$(PYTHON) -W ignore -m tests.gpu.fuzz $(FUZZ)

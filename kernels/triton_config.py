@@ -50,7 +50,7 @@ class Config(NamedTuple):
 TABLE = {
     64: Config(),
     128: Config(
-        stat_rows=64, stat_stages=2,
+        stat_rows=64,
         sparse_keys=64, sparse_warps=2, dq_keys=32, dq_warps=2, dkv_rows=64, dkv_warps=4, dkv_stages=2,
         dense_forward=(64, 64, 4, 3), dense_dq=(128, 64, 8, 3), dense_dkv=(64, 64, 4, 2),
     ),
@@ -61,7 +61,7 @@ VENDOR_TOKENS = {
 }  # of a batch, from which on cuDNN beats our dense kernel without documents, by head size
 SMALL = (32, 32, 4, 2)
 GENERAL = Config(
-    stat_rows=32, stat_tile=32, stat_stages=2, select_rows=32, select_tile=32, insert_tile=32, select_stages=2,
+    stat_rows=32, stat_tile=32, select_rows=32, select_tile=32, insert_tile=32, select_stages=2,
     sparse_keys=32, sparse_warps=2, dq_keys=32, dq_warps=2,
     dkv_rows=32, dkv_stages=2, dense_forward=SMALL, dense_dq=SMALL, dense_dkv=SMALL,
     dual_forward=SMALL, dual_dq=SMALL, dual_dkv=SMALL,

@@ -132,7 +132,7 @@ def _backward_kv(
         outer = tl.minimum(tl.maximum(tl.min(until, 0) // ROWS, inner), high)
     k = tl.reshape(k_desc.load([b, first_key, h * D]), [KEYS, D])
     v = tl.reshape(v_desc.load([b, first_key, h * D]), [KEYS, D])
-    if D <= 64:  # computed, k stays in registers, and each product reads only its other side from shared memory
+    if D <= 64:  # computed, k stays in registers, as q does in triton_dual_backward.py; at 128 it would spill
         k += 0.0
     dk = tl.zeros([KEYS, D], tl.float32)
     dv = tl.zeros([KEYS, D], tl.float32)

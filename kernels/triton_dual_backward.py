@@ -62,9 +62,8 @@ def _backward_q(
     bits_ptr += (b.to(tl.int64) * h_kv + h) * words * n
     row_at = (b.to(tl.int64) * n + rows) * h_q + head
     at = row_at[:, None] * D + tl.arange(0, D)[None, :]
-    q = (
-        tl.load(q_ptr + at, mask=real[:, None], other=0.0) + 0.0
-    )  # so q stays in registers: shared memory is what limits
+    # Computed, q stays in registers, and its products read only their other side from shared memory, which limits here.
+    q = tl.load(q_ptr + at, mask=real[:, None], other=0.0) + 0.0
     do_full = tl.load(do_full_ptr + at, mask=real[:, None], other=0.0)
     do_sparse = tl.load(do_sparse_ptr + at, mask=real[:, None], other=0.0)
     lse_full = tl.load(lse_full_ptr + (b.to(tl.int64) * h_q + head) * n_pad + rows, mask=real, other=0.0)

@@ -261,9 +261,8 @@ def inverse_index(blocks: Tensor, n: int, size: int, doc_starts: Tensor | None, 
             doc_starts, f"blocks {size}", lambda: _number_blocks(doc_starts, size)
         )
     segments = batch * h_kv * ids
-    kind = (
-        torch.int16 if segments < 1 << 15 else torch.int32
-    )  # a radix sort reads every bit: half of them, half the time
+    # A radix sort reads every bit: half of them, half the time. `segments` itself stands for blocks that nobody owns.
+    kind = torch.int16 if segments < 1 << 15 else torch.int32
     segment = torch.empty(batch * h_kv * n_q * count, dtype=kind, device=device)
     _block_ids[(triton.cdiv(n_q * count, 1024), h_kv, batch)](
         blocks, doc_starts, query_index, block_id, segment, n, n_q, ids, segments, h_kv, size, count, 1024,

@@ -228,44 +228,31 @@ def test_json_says_the_worst_and_every_finding():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small tmpfs needs root")
 def test_the_command_finds_everything_that_is_wrong_at_once_and_ends_with_7(segment, tmp_path):
-    """A full disk, a taken port, a name that is none, a missing shared object, a stale segment: one page, five remedies."""
-    small, broken = tmp_path / "small", tmp_path / "broken"
-    small.mkdir()
+    """A disk that takes no more, a taken port, a name that is none, a missing shared object, a stale segment: five remedies."""
+    broken = tmp_path / "broken"
     broken.mkdir()
     (broken / "sentencepiece.py").write_text("import ctypes\nctypes.CDLL('libnot-here.so.3')\n")
-    mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(small)]
-    if subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("no tmpfs can be mounted here")
-    try:
-        with socket.socket() as holder:
-            holder.bind(("", 0))
-            holder.listen()
-            options = [
-                "--disk",
-                str(small / "runs"),
-                "--port",
-                str(holder.getsockname()[1]),
-                "--host",
-                "no-such.invalid",
-            ]
-            done = subprocess.run(
-                [sys.executable, "-m", "ssa_megatron", "doctor", "--json", *options],
-                env=launch.environment(PYTHONPATH=f"{broken}:{launch.ROOT}"),
-                capture_output=True,
-                text=True,
-                timeout=200,
-                cwd=launch.ROOT,
-            )
-    finally:
-        subprocess.run(["umount", str(small)], check=True)
+    with socket.socket() as holder:
+        holder.bind(("", 0))
+        holder.listen()
+        options = ["--disk", str(tmp_path), "--port", str(holder.getsockname()[1]), "--host", "no-such.invalid"]
+        command = [sys.executable, "-m", "ssa_megatron", "doctor", "--json", *options]
+        done = subprocess.run(
+            ["bash", "-c", 'ulimit -f 1000; exec "$@"', "bash", *command],  # every file ends at a megabyte
+            env=launch.environment(PYTHONPATH=f"{broken}:{launch.ROOT}"),
+            capture_output=True,
+            text=True,
+            timeout=200,
+            cwd=launch.ROOT,
+        )
     assert done.returncode == 7, done.stderr
     failed = {
         finding["check"]: finding for finding in json.loads(done.stdout)["findings"] if finding["level"] == "FAIL"
     }
-    assert {"libraries", f"disk {small}", "shared memory", "names", "port"} <= failed.keys()
+    assert {"libraries", f"disk {tmp_path}", "shared memory", "names", "port"} <= failed.keys()
     assert all(finding["remedy"] for finding in failed.values())
+    assert "File too large" in failed[f"disk {tmp_path}"]["found"]
     assert str(segment) in failed["shared memory"]["remedy"]
 
 

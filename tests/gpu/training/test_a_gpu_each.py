@@ -1,16 +1,11 @@
 """Two ranks with a GPU each, over NCCL, compute what one rank computes, pipelines included."""
 
 import pytest
-import torch
 
 from .cases import PIPELINES, WITHOUT_PIPELINE, compare_all, judge_case
 
 CASES = WITHOUT_PIPELINE | PIPELINES
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.timeout(500),
-    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs: NCCL refuses two ranks on one"),
-]
+pytestmark = [pytest.mark.gpu, pytest.mark.two_gpus, pytest.mark.timeout(500)]
 
 
 @pytest.fixture(scope="module")
