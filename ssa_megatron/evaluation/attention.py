@@ -19,7 +19,7 @@ import kernels
 from ssa_megatron.evaluation.settings import Settings
 from ssa_megatron.evaluation.targets import Opened
 from ssa_megatron.evaluation.text import Text, sequences
-from ssa_megatron.hf.modeling_ssa import rotary_table, rotate
+from ssa_megatron.hf.positions_ssa import rotary_table, rotate
 
 LAGS = (1, 2, 4, 8, 16, 32, 64, 128)
 EDGES = tuple(10 ** (power / 2) for power in range(-8, 1))

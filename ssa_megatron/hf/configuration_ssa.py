@@ -54,9 +54,8 @@ class SSAConfig(PretrainedConfig):
     `window` (tokens) is used by `nsa`; `alignment_weight` and `sparse_probability` (how often the residual follows the
     sparse stream) by `ssa` in training. `inference_mode` is what a forward runs
     unless it is told otherwise: "full" attends to everything, "sparse" to the selected blocks; None means sparse for
-    moba and nsa (they train that way) and full for the others. `sparse_backend` "torch" runs sparse attention in PyTorch;
-    "auto", without gradients, in the Triton kernels beside this file where there is an NVIDIA GPU and triton: a choice
-    to make knowingly, until these kernels have been proven on a GPU.
+    moba and nsa (they train that way) and full for the others. `sparse_backend` "auto" runs sparse attention without
+    gradients in the Triton kernels beside this file, where there is an NVIDIA GPU and triton; "torch" in PyTorch everywhere.
     """
 
     model_type = "ssa"
@@ -85,7 +84,7 @@ class SSAConfig(PretrainedConfig):
         alignment_weight=10.0,
         sparse_probability=0.5,
         inference_mode=None,
-        sparse_backend="torch",
+        sparse_backend="auto",
         use_cache=True,
         tie_word_embeddings=True,
         bos_token_id=None,

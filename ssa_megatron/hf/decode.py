@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kernels import BlockSpec, KVCache, cached_attention
 from ssa_megatron.errors import ConfigError
-from ssa_megatron.hf.modeling_ssa import rotary_table, rotate, wide
+from ssa_megatron.hf.positions_ssa import rotary_table, rotate, wide
 
 
 class Decoder:

@@ -26,7 +26,14 @@ from ssa_megatron.hf.parity import prove
 from ssa_megatron.hf.tokenizer import write_tokenizer
 
 SHARD_BYTES = 5_000_000_000
-CODE = ("configuration_ssa.py", "modeling_ssa.py", "triton_ssa.py")
+CODE = (
+    "configuration_ssa.py",
+    "modeling_ssa.py",
+    "attention_ssa.py",
+    "cache_ssa.py",
+    "positions_ssa.py",
+    "triton_ssa.py",
+)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 

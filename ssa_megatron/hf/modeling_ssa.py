@@ -1,324 +1,41 @@
 """SSA language model for transformers: a Llama block with a gate per query head, run in full or sparse attention.
 
-Sparse attention selects, for each token and key/value head, its own block of keys and the best `block_count - 1`
-complete blocks before it, exactly as in training; a cached step gives what the whole sequence at once gives, and a
-left-padded row what it gives alone, because blocks and positions are counted from the row's first real token. It
-refuses attention masks with holes, caches other than transformers' DynamicCache and unknown modes. This file is copied
-into exported folders: torch and transformers only.
+A cached step gives what the whole sequence at once gives, and a left-padded row what it gives alone, because blocks and
+positions are counted from the row's first real token. It refuses attention masks with holes, caches other than transformers'
+DynamicCache and unknown modes. This file is copied into exported folders, with those it imports: torch and transformers only.
 
 Shapes: B rows, T new tokens, N tokens seen so far (cache included), H query heads, K key/value heads, G = H / K, D head
 dim, M blocks, S blocks selected. `start_b` is the index of each row's first real token, or None when no row is padded.
 """
 
-import math
-from contextlib import nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import lru_cache, partial
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.cache_utils import DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .attention_ssa import compressed_stream, full_stream, sparse_stream, window_stream
+from .cache_ssa import CACHE, adopt_cache, one_cache, pool_blocks
 from .configuration_ssa import MODES, SSAConfig, check_choice
-
-WITHOUT_PLANS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-CACHE = "cache" if "cache" in {field.name for field in fields(BaseModelOutputWithPast)} else "past_key_values"
-"""What this transformers calls the cache: `cache` in 5.24, whose generate() hands it to a forward by no other name."""
-CHUNK_ELEMENTS = 1 << 24
-"""Elements of the largest temporary of one chunk of queries; bounds memory at any length."""
+from .positions_ssa import rotary_table, rotate, row_starts, wide
 
 
-def wide(x):
-    """fp32 for fp32 and narrower, fp64 for fp64: the precision of norms, rotations, gates and routing."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-# ------------------------------------------------------------------------------------------------------------ positions
-def row_starts(attention_mask):
-    """[B] index of each row's first real token, or None when no row is padded on the left. Padding may also follow."""
-    if attention_mask.dim() != 2:
-        raise ValueError(f"attention_mask must be [batch, tokens], got {tuple(attention_mask.shape)}")
-    real = attention_mask.bool()
-    seen = real.long().cumsum(-1)
-    start = (seen == 0).sum(-1)
-    holes = real & (seen != torch.arange(1, real.shape[1] + 1, device=real.device) - start[:, None])
-    if bool(holes.any()):
-        raise ValueError("attention_mask has a hole between real tokens: pad batches on the left before generating")
-    start = start.clamp(max=real.shape[1] - 1)
-    return start if bool(start.any()) else None
-
-
-def rotary_frequencies(config, dtype, device):
-    """(radians per token [D / 2], factor of cos and sin), by transformers' formulas of each RoPE type."""
-    rope = config.rope_parameters
-    exponent = torch.arange(0, config.head_dim, 2, dtype=dtype, device=device) / config.head_dim
-    frequency = 1.0 / rope["rope_theta"] ** exponent
-    if rope["rope_type"] == "linear":
-        return frequency / rope["factor"], 1.0
-    if rope["rope_type"] == "llama3":
-        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-        turns = rope["original_max_position_embeddings"] * frequency / (2 * torch.pi)
-        kept = ((turns - low) / (high - low)).clamp(0, 1)  # 0: long wavelengths, stretched by `factor`; 1: short, kept
-        return (1 - kept) * frequency / rope["factor"] + kept * frequency, 1.0
-    if rope["rope_type"] == "yarn":
-        context = rope.get("original_max_position_embeddings") or config.max_position_embeddings
-
-        def channel(turns):  # the one that turns so often in the original context
-            return config.head_dim * math.log(context / (turns * 2 * math.pi)) / (2 * math.log(rope["rope_theta"]))
-
-        first, last = channel(rope.get("beta_fast") or 32), channel(rope.get("beta_slow") or 1)
-        if rope.get("truncate", True):
-            first, last = math.floor(first), math.ceil(last)
-        first, last = max(first, 0), min(last, config.head_dim - 1)
-        index = torch.arange(config.head_dim // 2, dtype=dtype, device=device)
-        stretched = ((index - first) / ((last - first) or 0.001)).clamp(0, 1)
-        factor = rope["factor"]
-        size = rope.get("attention_factor") or (0.1 * math.log(factor) + 1 if factor > 1 else 1.0)
-        return stretched * frequency / factor + (1 - stretched) * frequency, size
-    return frequency, 1.0
-
-
-def rotary_table(position_bt, config, dtype):
-    """cos and sin [B, 1, T, D] of the half-rotation form, computed in `dtype` (fp32 or wider)."""
-    frequency, size = rotary_frequencies(config, dtype, position_bt.device)
-    angle = position_bt.to(dtype)[..., None] * frequency
-    angle = torch.cat((angle, angle), dim=-1)[:, None]
-    return angle.cos() * size, angle.sin() * size
-
-
-def rotate(x, table):
-    """x [B, heads, T, D]."""
-    cos, sin = table
-    first, second = x.chunk(2, dim=-1)
-    return (x * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
-
-
-# ---------------------------------------------------------------------------------------------------------------- cache
-def pool_blocks(x_bknd, first_block, count, block_size, start_b):
-    """Means [B, K, count, D] (fp32 or wider) of blocks first_block .. first_block + count - 1 of each row.
-
-    `first_block` is an int, or [B] with `start_b`. Blocks that are not complete come back as finite numbers without
-    meaning.
-    """
-    batch, heads, tokens, dim = x_bknd.shape
-    if start_b is None:
-        x = x_bknd[:, :, first_block * block_size : (first_block + count) * block_size]
-        return wide(x).reshape(batch, heads, count, block_size, dim).mean(3)
-    first = torch.as_tensor(first_block, device=x_bknd.device) * block_size + start_b
-    index = first[:, None] + torch.arange(count * block_size, device=x_bknd.device)
-    index = index.clamp(max=tokens - 1)[:, None, :, None].expand(-1, heads, -1, dim)
-    return wide(x_bknd.gather(2, index)).reshape(batch, heads, count, block_size, dim).mean(3)
-
-
-class SSALayer(DynamicLayer):
-    """One layer's cache: keys and values, and the pooled keys (nsa: and values) of the blocks completed so far.
-
-    Keys and values live in buffers with room to grow, so a step copies its own tokens and not the history; pooling
-    touches only the blocks that the new tokens complete. Everything transformers does to a cache (beam reordering,
-    cropping, repeating, selecting rows, resetting) keeps the three in step.
-    """
-
-    def __init__(self, *args, **kwargs):
+class SSARMSNorm(nn.Module):
+    def __init__(self, size, eps):
         super().__init__()
-        self._forget()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
 
-    def _forget(self):
-        self.keys = self.values = self.room = self.pooled = self.start_b = None
-        self.pooled_tokens, self.is_initialized = 0, False
-
-    def update(self, key_states, value_states, *args, **kwargs):
-        """Append [B, K, T, D]; returns all keys and values, [B, K, N, D]."""
-        old, new = self.get_seq_length(), self.get_seq_length() + key_states.shape[2]
-        if old == 0:
-            self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
-            self.keys, self.values = key_states, value_states
-        elif torch.is_grad_enabled() and (key_states.requires_grad or self.keys.requires_grad):
-            self.keys = torch.cat(
-                (self.keys, key_states), 2
-            )  # writing into a buffer would break autograd's saved tensors
-            self.values = torch.cat((self.values, value_states), 2)
-        else:
-            if self.room is None or self.room[0].shape[2] < new or self.room[0].data_ptr() != self.keys.data_ptr():
-                shape = (*self.keys.shape[:2], new + max(64, new // 8), self.keys.shape[3])
-                self.room = self.keys.new_empty(shape), self.values.new_empty(shape)
-                self.room[0][:, :, :old], self.room[1][:, :, :old] = self.keys, self.values
-            self.room[0][:, :, old:new], self.room[1][:, :, old:new] = key_states, value_states
-            self.keys, self.values = self.room[0][:, :, :new], self.room[1][:, :, :new]
-        return self.keys, self.values
-
-    def pool(self, block_size, start_b, with_values):
-        """(pooled keys, pooled values or None), [B, K, M, D]; blocks not complete in a row have no meaning."""
-        old, new = self.pooled_tokens, self.get_seq_length()
-        sources = (self.keys, self.values) if with_values else (self.keys,)
-        if self.pooled is None:
-            self.pooled = tuple(wide(x[:, :, :0]) for x in sources)
-        if start_b is None:
-            first, last = old // block_size, new // block_size
-            if last > first:
-                fresh = (pool_blocks(x, first, last - first, block_size, None) for x in sources)
-                self.pooled = tuple(torch.cat((p[:, :, :first], f), 2) for p, f in zip(self.pooled, fresh, strict=True))
-        else:
-            # Rows complete different blocks. Each rewrites the few that may have become complete, in its own place.
-            first = (old - start_b).clamp(min=0) // block_size
-            count, capacity = (new - old) // block_size + 1, new // block_size + 1
-            at = (first[:, None] + torch.arange(count, device=first.device))[:, None, :, None]
-            grown = []
-            for p, x in zip(self.pooled, sources, strict=True):
-                p = F.pad(p, (0, 0, 0, max(0, capacity - p.shape[2])))
-                fresh = pool_blocks(x, first, count, block_size, start_b)
-                grown.append(p.scatter(2, at.expand_as(fresh), fresh))
-            self.pooled = tuple(grown)
-        self.pooled_tokens = new
-        return self.pooled[0], (self.pooled[1] if with_values else None)
-
-    def _map_rows(self, change):
-        self.room = None
-        if self.pooled is not None:
-            self.pooled = tuple(change(p) for p in self.pooled)
-        if self.start_b is not None:
-            self.start_b = change(self.start_b)
-
-    def reorder_cache(self, beam_idx):
-        super().reorder_cache(beam_idx)
-        self._map_rows(lambda x: x.index_select(0, beam_idx.to(x.device)))
-
-    def batch_repeat_interleave(self, repeats):
-        super().batch_repeat_interleave(repeats)
-        self._map_rows(lambda x: x.repeat_interleave(repeats, dim=0))
-
-    def batch_select_indices(self, indices):
-        super().batch_select_indices(indices)
-        self._map_rows(lambda x: x[indices.to(x.device)])
-
-    def crop(self, *args, **kwargs):
-        super().crop(
-            *args, **kwargs
-        )  # the sign's meaning differs between transformers 4 and 5; only the result matters here
-        self.pooled_tokens = min(self.pooled_tokens, self.get_seq_length())
-
-    def reset(self):
-        self._forget()
-
-
-def one_cache(past_key_values, cache):
-    """The cache, by either of the names that transformers has for it."""
-    if past_key_values is not None and cache is not None and cache is not past_key_values:
-        raise ValueError("past_key_values and cache are two names of one argument, and both were given")
-    return cache if past_key_values is None else past_key_values
-
-
-def adopt_cache(cache, layers):
-    """Make every layer of a DynamicCache an SSALayer, keeping what it holds."""
-    if not isinstance(cache, DynamicCache) or getattr(cache, "offloading", False):
-        raise ValueError(f"past_key_values must be a DynamicCache without offloading, got {type(cache).__name__}")
-    for i in range(layers):
-        held = cache.layers[i] if i < len(cache.layers) else None
-        if isinstance(held, SSALayer):
-            continue
-        layer = SSALayer()
-        if held is not None and held.get_seq_length():
-            layer.update(held.keys, held.values)
-        cache.layers[i : i + 1] = [layer]
-    return cache
-
-
-# -------------------------------------------------------------------------------------------------------------- routing
-def best_blocks(score, count):
-    """Indices of the `count` highest non-negative scores of the last axis, ties to the lower index; -1 for none."""
-    value, index = score.sort(dim=-1, descending=True, stable=True)
-    index = torch.where(value >= 0, index, -1)[..., :count]
-    return F.pad(index, (0, count - index.shape[-1]), value=-1)
-
-
-def group_scores(q_bkgtd, pooled_bkmd, position_bt, block_size):
-    """[B, K, T, M]: each earlier block's probability among the complete ones, summed over the group; -1 for the others."""
-    index = torch.arange(pooled_bkmd.shape[2], device=q_bkgtd.device)
-    complete = (index + 1) * block_size <= position_bt[..., None] + 1  # [B, T, M]
-    score = torch.einsum("bkgtd,bkmd->bkgtm", wide(q_bkgtd), pooled_bkmd)
-    score = score.masked_fill(~complete[:, None, None], float("-inf")).softmax(-1).sum(2)
-    candidate = index < position_bt[..., None] // block_size
-    return score.masked_fill(~candidate[:, None], -1.0)  # also clears the NaN of tokens without any complete block
-
-
-@torch.no_grad()
-def select_blocks(q_bkgtd, pooled_bkmd, position_bt, config, block_count, scores=group_scores):
-    """Block numbers [B, K, T, S], own block first, -1 where there is none; q is already scaled."""
-    batch, heads, _, tokens, _ = q_bkgtd.shape
-    own = (position_bt // config.block_size)[:, None].expand(batch, heads, tokens)
-    blocks = pooled_bkmd.shape[2]
-    if block_count == 1 or blocks == 0:
-        return own[..., None]
-    index = torch.arange(blocks, device=own.device)
-    score = scores(q_bkgtd, pooled_bkmd, position_bt, config.block_size)
-    chosen = best_blocks(score, min(block_count - 1, blocks))
-    if (
-        config.topk == "authors"
-    ):  # their kernel keeps the best 8 of the earlier chunks and the best of the current chunk of 16
-        edge = own[..., None] // 16 * 16
-        parts = (
-            best_blocks(score.masked_fill(index >= edge, -1.0), 8),
-            best_blocks(score.masked_fill(index < edge, -1.0), 7),
-        )
-        chosen = F.pad(chosen, (0, max(0, 15 - chosen.shape[-1])), value=-1)
-        parts = F.pad(torch.cat(parts, -1), (0, chosen.shape[-1] - 15), value=-1)
-        chosen = torch.where(edge > 0, parts, chosen)
-    return torch.cat((own[..., None], chosen), -1)
-
-
-# -------------------------------------------------------------------------------------------------------------- streams
-def chunk_size(x, elements_per_token):
-    """Queries of a chunk. Four times as many on a GPU, where launches and not memory are scarce."""
-    return CHUNK_ELEMENTS * (1 if x.device.type == "cpu" else 4) // elements_per_token
-
-
-def in_chunks(function, tokens, size):
-    """Run function(slice) over `size` of the T queries at a time and join along T; recomputed in backward."""
-    size = max(1, size)
-    parts = [slice(t, min(t + size, tokens)) for t in range(0, tokens, size)]
-    if torch.is_grad_enabled():
-        outputs = [checkpoint(function, part, use_reentrant=False, preserve_rng_state=False) for part in parts]
-    else:
-        outputs = [function(part) for part in parts]
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
-
-
-def grouped_attention(q, k, v, mask_bts):
-    """q [B, H, T, D] over k, v [B, K, n, D], mask [B, T, n] (None: everything seen); keys are not repeated per head."""
-    batch, heads, tokens, dim = q.shape
-    group = heads // k.shape[1]
-    folded = q.reshape(batch, k.shape[1], group * tokens, dim)
-    mask = None if mask_bts is None else mask_bts.repeat(1, group, 1)[:, None]
-    # cuDNN's attention makes a plan for every shape it has not seen, and each decoding step brings a new length
-    with sdpa_kernel(WITHOUT_PLANS) if q.is_cuda else nullcontext():
-        return F.scaled_dot_product_attention(folded, k, v, attn_mask=mask).reshape(batch, heads, tokens, dim)
-
-
-def full_stream(q, k, v, position_bt, start_b):
-    """Causal attention, [B, H, T, D]."""
-    batch, heads, tokens, _ = q.shape
-    total, group = k.shape[2], heads // k.shape[1]
-    if start_b is None and tokens == 1:
-        return grouped_attention(q, k, v, None)
-    if start_b is None and tokens == total:
-        k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    index = torch.arange(total, device=q.device) - (
-        0 if start_b is None else start_b[:, None]
-    )  # the row's own positions
-
-    def chunk(part):
-        seen = (index[..., None, :] >= 0) & (index[..., None, :] <= position_bt[:, part, None])
-        return grouped_attention(q[:, :, part], k, v, seen)
-
-    return in_chunks(chunk, tokens, chunk_size(q, batch * heads * total))
+    def forward(self, x):
+        normed = wide(x) * torch.rsqrt(wide(x).square().mean(-1, keepdim=True) + self.eps)
+        return (normed * wide(self.weight)).to(x.dtype)
 
 
 @lru_cache
@@ -339,83 +56,6 @@ def kernels_for(config, *tensors):
         return None
     found = bundled_kernels()
     return found[1:] if found and found[0](*tensors) else None
-
-
-def sparse_stream(q, k, v, pooled_k, position_bt, start_b, config, block_count):
-    """Attention to the selected blocks, [B, H, T, D]; gathers S blocks a query, so only routing grows with N."""
-    batch, heads, tokens, dim = q.shape
-    kv_heads, total, size = k.shape[1], k.shape[2], config.block_size
-    if block_count * size >= total and config.topk == "exact":
-        return full_stream(q, k, v, position_bt, start_b)
-    kernels = kernels_for(config, q, k, v)
-    row = torch.arange(batch, device=q.device)[:, None, None, None]
-    head = torch.arange(kv_heads, device=q.device)[:, None, None]
-    scaled = (q * dim**-0.5).view(batch, kv_heads, heads // kv_heads, tokens, dim)
-
-    def chunk(part):
-        q_part, position = scaled[:, :, :, part], position_bt[:, part]
-        if kernels is not None:
-            blocks = select_blocks(q_part, pooled_k, position, config, block_count, kernels[0])
-            return kernels[1](q_part, k, v, blocks, position, start_b, size)
-        blocks = select_blocks(q_part, pooled_k, position, config, block_count)
-        index = blocks[..., None] * size + torch.arange(size, device=q.device)
-        seen = ((index >= 0) & (index <= position[:, None, :, None, None])).flatten(3)  # [B, K, T, S * size]
-        index = index.flatten(3) if start_b is None else index.flatten(3) + start_b[:, None, None, None]
-        index = index.clamp(0, total - 1)
-        score = torch.einsum("bkgtd,bktsd->bkgts", q_part, k[row, head, index])
-        weight = wide(score).masked_fill(~seen[:, :, None], float("-inf")).softmax(-1).to(v.dtype)
-        return torch.einsum("bkgts,bktsd->bkgtd", weight, v[row, head, index]).flatten(1, 2)
-
-    per_token = batch * max(kv_heads * block_count * size * dim, heads * pooled_k.shape[2])
-    if kernels is not None:  # the scores of every block and their order are all that is kept
-        per_token = batch * kv_heads * max(4 * pooled_k.shape[2], block_count)
-    return in_chunks(chunk, tokens, chunk_size(q, per_token))
-
-
-def compressed_stream(q, pooled_k, pooled_v, position_bt, config):
-    """nsa: attention to the pooled keys and values of the complete blocks, zero where there is none, [B, H, T, D]."""
-    batch, heads, tokens, _ = q.shape
-    blocks = pooled_k.shape[2]
-    if blocks == 0:
-        return torch.zeros_like(q)
-    pooled_k, pooled_v = pooled_k.to(q.dtype), pooled_v.to(q.dtype)
-    complete_at = (torch.arange(blocks, device=q.device) + 1) * config.block_size - 1
-
-    def chunk(part):
-        complete = complete_at <= position_bt[:, part, None]
-        some = complete[..., :1]
-        out = grouped_attention(q[:, :, part], pooled_k, pooled_v, complete | ~some)
-        return torch.where(some[:, None], out, 0.0)
-
-    return in_chunks(chunk, tokens, chunk_size(q, batch * heads * blocks))
-
-
-def window_stream(q, k, v, position_bt, start_b, window):
-    """nsa: causal attention over the last `window` tokens, own included, [B, H, T, D]."""
-    tokens, total = q.shape[2], k.shape[2]
-    index = torch.arange(total, device=q.device) - (0 if start_b is None else start_b[:, None])
-    past = total - tokens
-
-    def chunk(part):
-        first = max(0, past + part.start - window + 1)
-        keys = slice(first, past + part.stop)
-        where, at = index[..., None, keys], position_bt[:, part, None]
-        seen = (where <= at) & (where > at - window) & (where >= 0)
-        return grouped_attention(q[:, :, part], k[:, :, keys], v[:, :, keys], seen)
-
-    return in_chunks(chunk, tokens, max(window, 64))  # a chunk sees window + chunk keys
-
-
-# ---------------------------------------------------------------------------------------------------------------- model
-class SSARMSNorm(nn.Module):
-    def __init__(self, size, eps):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-
-    def forward(self, x):
-        normed = wide(x) * torch.rsqrt(wide(x).square().mean(-1, keepdim=True) + self.eps)
-        return (normed * wide(self.weight)).to(x.dtype)
 
 
 class SSAAttention(nn.Module):
@@ -462,7 +102,8 @@ class SSAAttention(nn.Module):
                 return found.reshape(batch, tokens, -1, config.head_dim).transpose(1, 2)
             if kind == "full":
                 return full_stream(q, k, v, position_bt, start_b)
-            return sparse_stream(q, k, v, pooled_k, position_bt, start_b, config, block_count)
+            kernels = kernels_for(config, q, k, v)
+            return sparse_stream(q, k, v, pooled_k, position_bt, start_b, config, block_count, kernels)
 
         loss = None
         if align:

@@ -21,7 +21,7 @@ from ssa_megatron.errors import CheckpointError
 from ssa_megatron.hf.configuration_ssa import SSAConfig
 from ssa_megatron.hf.folder import HubFolder
 from ssa_megatron.hf.modeling_ssa import SSADecoderLayer
-from ssa_megatron.hf.modeling_ssa import rotary_table as exported_table
+from ssa_megatron.hf.positions_ssa import rotary_table as exported_table
 from ssa_megatron.model.rope import rotary_table as trainer_table
 
 BLOCKS = 5  # of the sequence: four whole ones and a token of the next

@@ -1,8 +1,8 @@
 """Sparse attention of an exported model on an NVIDIA GPU: the routing's group scores, and attention to the selected blocks.
 
-Forward only, for prompts and cached steps alike; what it gives is what modeling_ssa.py's PyTorch gives, to rounding. Keys are
+Forward only, for prompts and cached steps alike; what it gives is what attention_ssa.py's PyTorch gives, to rounding. Keys are
 read where they lie (any strides of the first three axes, padded rows too), so no gathered copy of them is made. It refuses
-nothing: `serves` says which tensors it takes, and modeling_ssa.py computes all others. This file is copied into exported
+nothing: `serves` says which tensors it takes, and attention_ssa.py computes all others. This file is copied into exported
 folders: torch and triton only, and triton is imported on a GPU only.
 
 Shapes: B rows, T new tokens, N tokens seen so far, K key/value heads, G query heads of each, D head dim, M pooled blocks,
@@ -59,7 +59,7 @@ def _rows(position_ptr, position_row, b, T, GROUP: tl.constexpr, GROUP_P: tl.con
     return token, head, real, position
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])  # lengths change from call to call and must not compile anew
 def _statistics(
     q_ptr, pooled_ptr, position_ptr, lse_ptr,
     q_batch, q_group, q_head, q_token, pooled_batch, pooled_head, pooled_block, position_row, T,
@@ -86,7 +86,7 @@ def _statistics(
     tl.store(lse_ptr + ((b * heads + h) * T + token) * GROUP_P + head, lse, mask=token < T)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "M"])
 def _scores(
     q_ptr, pooled_ptr, position_ptr, lse_ptr, score_ptr,
     q_batch, q_group, q_head, q_token, pooled_batch, pooled_head, pooled_block, position_row, T, M, heads,
@@ -109,7 +109,7 @@ def _scores(
     tl.store(score_ptr + place, share, mask=(one < T)[:, None] & (block < M)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _attend(
     q_ptr, k_ptr, v_ptr, block_ptr, position_ptr, start_ptr, out_ptr,
     q_batch, q_group, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token, position_row, T, COUNT,

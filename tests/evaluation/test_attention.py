@@ -8,7 +8,7 @@ import torch
 from kernels import BlockSpec, oracle
 from ssa_megatron.evaluation.attention import LAGS, _listening, attention, measure, overlap
 from ssa_megatron.evaluation.settings import Settings
-from ssa_megatron.hf.modeling_ssa import full_stream
+from ssa_megatron.hf.attention_ssa import full_stream
 
 SPEC = BlockSpec(4, 3)
 

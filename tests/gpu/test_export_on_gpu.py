@@ -13,7 +13,6 @@ from tests.oracle import model as oracle
 pytestmark = pytest.mark.gpu
 # kinds, query heads, key/value heads: groups of 4, of 1 and all in one
 SHAPES = [("ssa", 8, 2), ("moba", 4, 4), ("nsa", 8, 1)]
-CLOSE = {torch.float32: 1e-3, torch.bfloat16: 3e-2}
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +49,7 @@ def tokens_of(length, rows=1):
 def test_logits_of_a_padded_batch_are_pytorchs_and_the_kernels_ran(folder, shape, dtype, head_dim, monkeypatch):
     path = folder(*shape, head_dim)
     model, plain = load(path, dtype), load(path, torch.float32, backend="torch")
+    same = load(path, dtype, backend="torch")
     code, ran = sys.modules[type(model).__module__], []
     serves, scores, attend = code.bundled_kernels()
     kernels = (serves, scores, lambda *given: ran.append(1) or attend(*given))
@@ -59,13 +59,16 @@ def test_logits_of_a_padded_batch_are_pytorchs_and_the_kernels_ran(folder, shape
     with torch.no_grad():
         got = model(tokens, attention_mask=mask, use_cache=False).logits.float()
         assert len(ran) == model.config.num_hidden_layers
-        want = plain(tokens, attention_mask=mask, use_cache=False).logits
+        want, theirs = (x(tokens, attention_mask=mask, use_cache=False).logits.float() for x in (plain, same))
     assert len(ran) == model.config.num_hidden_layers
     real = mask.bool()
     # a rounded score may choose another block, which moves a token's logits: most tokens must agree, not each
-    apart = ((got - want)[real].norm(dim=-1) / want[real].norm(dim=-1)).sort().values
-    assert apart.isfinite().all()
-    assert apart[int(0.98 * len(apart)) if dtype == torch.float32 else len(apart) // 2] < CLOSE[dtype]
+    ours, theirs = (((x - want)[real].norm(dim=-1) / want[real].norm(dim=-1)).sort().values for x in (got, theirs))
+    assert ours.isfinite().all()
+    if dtype == torch.float32:
+        assert ours[int(0.98 * len(ours))] < 1e-3
+    else:  # half precision: no further from fp32 than PyTorch in the same precision, which is itself near
+        assert ours.median() < 1.2 * theirs.median() < 0.06
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

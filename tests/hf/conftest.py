@@ -115,7 +115,7 @@ def own_module_cache(tmp_path_factory):
     from transformers import dynamic_module_utils
     from transformers.utils import hub
 
-    folder = str(tmp_path_factory.mktemp("hf_modules"))
+    folder = str(tmp_path_factory.getbasetemp() / "hf_modules")  # one a process: Python finds a package in one place
     patch = pytest.MonkeyPatch()
     for module in (dynamic_module_utils, hub):
         if hasattr(module, "HF_MODULES_CACHE"):

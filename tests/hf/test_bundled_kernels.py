@@ -7,7 +7,7 @@ tests/kernels does. Speed, bf16 and real launches are tests/gpu/test_export_on_g
 import pytest
 import torch
 
-from ssa_megatron.hf import modeling_ssa, triton_ssa
+from ssa_megatron.hf import attention_ssa, cache_ssa, modeling_ssa, triton_ssa
 from ssa_megatron.hf.configuration_ssa import SSAConfig
 from ssa_megatron.hf.modeling_ssa import SSAForCausalLM
 from tests.kernels.interpreted import INSIDE, run_again
@@ -38,7 +38,7 @@ def streams_input(rows, heads, group, tokens, total, dim, size, padded):
     position = torch.arange(total - tokens, total)[None]
     if padded:
         position = (position - start[:, None]).clamp(min=0)
-    return q, k, v, modeling_ssa.pool_blocks(k, 0, total // size, size, start), position, start
+    return q, k, v, cache_ssa.pool_blocks(k, 0, total // size, size, start), position, start
 
 
 if INSIDE:
@@ -59,12 +59,12 @@ if INSIDE:
         scaled = (q * q.shape[-1] ** -0.5).unflatten(1, (k.shape[1], -1))
         config = SSAConfig(block_size=size)
         if pooled.shape[2]:
-            want = modeling_ssa.group_scores(scaled, pooled, position, size)
+            want = attention_ssa.group_scores(scaled, pooled, position, size)
             got = triton_ssa.group_scores(scaled, pooled, position, size)
             torch.testing.assert_close(got, want, rtol=0, atol=2e-6)
-        chosen = modeling_ssa.select_blocks(scaled, pooled, position, config, blocks, triton_ssa.group_scores)
-        assert torch.equal(chosen, modeling_ssa.select_blocks(scaled, pooled, position, config, blocks))
-        want = modeling_ssa.sparse_stream(q, k, v, pooled, position, start, config, blocks)
+        chosen = attention_ssa.select_blocks(scaled, pooled, position, config, blocks, triton_ssa.group_scores)
+        assert torch.equal(chosen, attention_ssa.select_blocks(scaled, pooled, position, config, blocks))
+        want = attention_ssa.sparse_stream(q, k, v, pooled, position, start, config, blocks)
         got = triton_ssa.attend(scaled, k, v, chosen, position, start, size)
         if blocks * size < k.shape[2]:
             assert (got - want).abs().max() <= 2e-6
@@ -95,7 +95,7 @@ if INSIDE:
         with torch.no_grad():
             got = model(tokens, attention_mask=mask, inference_mode="sparse", use_cache=False).logits
             first = model(tokens[:, :70], attention_mask=mask[:, :70], inference_mode="sparse", use_cache=True)
-            cache, steps = getattr(first, modeling_ssa.CACHE), [first.logits]
+            cache, steps = getattr(first, cache_ssa.CACHE), [first.logits]
             for t in range(70, 74):
                 inputs = {"attention_mask": mask[:, : t + 1], "past_key_values": cache, "use_cache": True}
                 steps.append(model(tokens[:, t : t + 1], inference_mode="sparse", **inputs).logits)
@@ -113,7 +113,7 @@ if INSIDE:
         model.config.sparse_backend = "auto"
         with torch.no_grad():
             want = model(tokens, inference_mode="sparse").logits
-            monkeypatch.setattr(modeling_ssa, "CHUNK_ELEMENTS", 1000)
+            monkeypatch.setattr(attention_ssa, "CHUNK_ELEMENTS", 1000)
             assert torch.equal(model(tokens, inference_mode="sparse").logits, want)
         assert calls
 

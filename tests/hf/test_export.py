@@ -48,9 +48,10 @@ def test_folder_holds_the_checkpoints_weights_and_computes_the_oracles_logits(fo
 def test_folder_has_everything_a_reader_needs(folder, run):
     names = {path.name for path in folder.iterdir()}
     assert names == {
-        *("config.json", "generation_config.json", "configuration_ssa.py", "modeling_ssa.py", "model.safetensors"),
+        *("config.json", "generation_config.json", "model.safetensors", "configuration_ssa.py", "modeling_ssa.py"),
+        *("attention_ssa.py", "cache_ssa.py", "positions_ssa.py", "triton_ssa.py"),
         *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "README.md", "parity.json"),
-        *("tokenizer.model", "triton_ssa.py"),
+        "tokenizer.model",
     }
     config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
     assert (config.model_type, config.attention_kind, config.block_count) == ("ssa", "ssa", 3)

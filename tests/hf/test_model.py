@@ -8,7 +8,7 @@ from transformers import DynamicCache
 
 import kernels
 from ssa_megatron.config.sections import RopeScaling
-from ssa_megatron.hf import modeling_ssa
+from ssa_megatron.hf import attention_ssa, cache_ssa, positions_ssa
 from ssa_megatron.hf.configuration_ssa import SSAConfig
 from ssa_megatron.hf.modeling_ssa import SSAForCausalLM
 from ssa_megatron.model.rope import inverse_frequencies
@@ -261,11 +261,11 @@ def test_a_decoding_step_pools_only_the_block_it_completes(monkeypatch):
     _, cache = feed(model, tokens[:, :64], [64], "sparse")
     pooled = []
 
-    def counting(x, first, count, size, start, plain=modeling_ssa.pool_blocks):
+    def counting(x, first, count, size, start, plain=cache_ssa.pool_blocks):
         pooled.append(count)
         return plain(x, first, count, size, start)
 
-    monkeypatch.setattr(modeling_ssa, "pool_blocks", counting)
+    monkeypatch.setattr(cache_ssa, "pool_blocks", counting)
     for t in range(64, 97):
         model(tokens[:, t : t + 1], past_key_values=cache, use_cache=True, inference_mode="sparse")
     assert pooled == [1] * 4  # two blocks completed in 33 steps, in each of two layers
@@ -277,7 +277,7 @@ def test_chunks_of_queries_do_not_change_the_logits(kind, monkeypatch):
     model, _, _ = build(kind, window=20)
     tokens, mask = left_padded([tokens_of(150)[0], tokens_of(77)[0]])
     want = [model(tokens, attention_mask=mask, inference_mode=mode).logits for mode in MODES]
-    monkeypatch.setattr(modeling_ssa, "CHUNK_ELEMENTS", 1 << 14)
+    monkeypatch.setattr(attention_ssa, "CHUNK_ELEMENTS", 1 << 14)
     for mode, logits in zip(MODES, want, strict=True):
         assert (model(tokens, attention_mask=mask, inference_mode=mode).logits - logits).abs().max() < 1e-10
 
@@ -304,9 +304,9 @@ def test_selection_is_that_of_the_training_kernels(topk):
     want = kernels.select_blocks(q, k, spec).sort(-1).values.permute(0, 2, 1, 3)
     config = SSAConfig(head_dim=8, num_attention_heads=6, num_key_value_heads=2, topk=topk)
     scaled = (q * 8**-0.5).view(2, 700, 2, 3, 8).permute(0, 2, 3, 1, 4)
-    pooled = modeling_ssa.pool_blocks(k.transpose(1, 2), 0, 43, 16, None)
+    pooled = cache_ssa.pool_blocks(k.transpose(1, 2), 0, 43, 16, None)
     position = torch.arange(700)[None]
-    got = modeling_ssa.select_blocks(scaled, pooled, position, config, 16).sort(-1).values
+    got = attention_ssa.select_blocks(scaled, pooled, position, config, 16).sort(-1).values
     got = got[..., got.shape[-1] - 16 :] if got.shape[-1] >= 16 else got
     assert torch.equal(got.to(want), want)
 
@@ -315,7 +315,7 @@ def test_selection_is_that_of_the_training_kernels(topk):
 def test_equal_scores_go_to_the_lower_block():
     config = SSAConfig(head_dim=8, num_attention_heads=2, num_key_value_heads=1)
     q, pooled = torch.ones(1, 1, 2, 1, 8), torch.ones(1, 1, 9, 8)
-    got = modeling_ssa.select_blocks(q, pooled, torch.tensor([[150]]), config, 4)
+    got = attention_ssa.select_blocks(q, pooled, torch.tensor([[150]]), config, 4)
     assert got.flatten().tolist() == [9, 0, 1, 2]
 
 
@@ -324,7 +324,7 @@ def test_llama3_scaling_is_the_trainers():
     config = SSAConfig(head_dim=32, rope_theta=10000.0, rope_scaling={"rope_type": "llama3", **values})
     frequencies = inverse_frequencies(32, 10000.0, RopeScaling(**values), "cpu")
     assert not torch.equal(frequencies, inverse_frequencies(32, 10000.0, None, "cpu"))
-    cos, _ = modeling_ssa.rotary_table(torch.tensor([[0, 1, 300]]), config, torch.float32)
+    cos, _ = positions_ssa.rotary_table(torch.tensor([[0, 1, 300]]), config, torch.float32)
     want = (torch.tensor([0.0, 1.0, 300.0])[:, None] * frequencies).cos()
     torch.testing.assert_close(cos[0, 0, :, :16], want, rtol=0, atol=1e-4)  # 300 radians in fp32: 3e-5 of rounding
 
@@ -349,7 +349,7 @@ def test_scaled_rope_is_that_of_transformers_and_cached_steps_agree_beyond_the_t
     config = SSAConfig(**known, num_hidden_layers=1, intermediate_size=32, vocab_size=97, block_count=3)
     position = torch.arange(300)[None]
     want = LlamaRotaryEmbedding(LlamaConfig(**known))(torch.zeros(1, dtype=torch.float32), position)
-    got = modeling_ssa.rotary_table(position, config, torch.float32)
+    got = positions_ssa.rotary_table(position, config, torch.float32)
     for ours, theirs in zip(got, want, strict=True):
         torch.testing.assert_close(ours[:, 0], theirs, rtol=0, atol=1e-4)  # 300 radians in fp32
     model = SSAForCausalLM(config).double().eval()
@@ -377,7 +377,7 @@ def test_rope_settings_survive_saving_and_loading(tmp_path):
     ("kind", "trunk"), [("ssa", "full"), ("ssa", "sparse"), ("full", "full"), ("moba", "sparse"), ("nsa", "sparse")]
 )
 def test_training_loss_and_every_gradient_are_the_oracles(kind, trunk, monkeypatch):
-    monkeypatch.setattr(modeling_ssa, "CHUNK_ELEMENTS", 1 << 18)  # several chunks, each recomputed in backward
+    monkeypatch.setattr(attention_ssa, "CHUNK_ELEMENTS", 1 << 18)  # several chunks, each recomputed in backward
     model, reference, weights = build(kind, tied=kind != "moba", block_count=3)
     model.train()
     tokens = tokens_of(120, rows=2)
