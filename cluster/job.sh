@@ -12,9 +12,10 @@ trap 'ssa_asked=$((ssa_asked + 1)); ssa_ended=yes' TERM INT
 
 # The address of the job's first node as SLURM itself reaches it: its name need not resolve, least of all on that node.
 ssa_host() {
-    local first
+    local first address
     first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-    scontrol --oneliner show node "$first" | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p'
+    address=$(scontrol --oneliner show node "$first" | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p')
+    echo "${address:-$first}" # a controller that does not answer just now is no reason to end: the name may do
 }
 
 # ssa_job RUN COMMAND...: the command's exit code is the job's, unless the job is requeued.
@@ -23,9 +24,8 @@ ssa_host() {
 #   128+    INT, USR1, USR2 or TERM came a second time: somebody is in a hurry
 #   other   a crash that the launcher could not mend, or a lost node: requeue while there is progress, at most 3 times without
 ssa_job() {
-    local run=$1 job=$SLURM_JOB_ID child code=75 before
+    local run=$1 job=$SLURM_JOB_ID child code=75
     shift
-    before=$(ssa_latest "$run")
     if [[ $ssa_asked -eq 0 ]]; then
         "$@" &
         child=$!
@@ -53,8 +53,8 @@ ssa_job() {
             fi
             ;;
         *)
-            if [[ $(ssa_latest "$run") == "$before" && ${SLURM_RESTART_COUNT:-0} -ge 3 ]]; then
-                echo "job: no checkpoint since this start, and it was not the first: not requeued"
+            if [[ $(ssa_crashes "$run") -gt 3 ]]; then
+                echo "job: crashed four times in a row without a newer checkpoint: not requeued"
                 return "$code"
             fi
             ;;
@@ -75,6 +75,20 @@ ssa_forward() {
     ssa_asked=$((ssa_asked + 1))
     echo "job: $1"
     kill -USR1 "$2" 2>/dev/null
+}
+
+# ssa_crashes RUN: how often in a row this job has crashed since the newest checkpoint, now included. SLURM's own count of restarts
+# would do only for a job that is never preempted: after three time limits the first crash of a node would be the last.
+ssa_crashes() {
+    local file=$1/logs/crashes latest crashes=0 job="" from=""
+    latest=$(ssa_latest "$1")
+    [[ -r $file ]] && read -r crashes job from <"$file"
+    [[ $crashes =~ ^[0-9]+$ && $job == "$SLURM_JOB_ID" && $from == "$latest" ]] || crashes=0
+    crashes=$((crashes + 1))
+    if ! { mkdir -p "$1/logs" && echo "$crashes $SLURM_JOB_ID $latest" >"$file"; } 2>/dev/null; then
+        crashes=$((${SLURM_RESTART_COUNT:-0} + 1)) # nothing can be kept, so no crash can be told from a preemption
+    fi
+    echo "$crashes"
 }
 
 # The name of the newest committed checkpoint; empty before the first.

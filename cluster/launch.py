@@ -18,6 +18,7 @@ import socket
 import sys
 import tempfile
 import time
+from itertools import pairwise
 from pathlib import Path
 
 from cluster.addresses import AddressProblem, interface, own_address, resolve
@@ -58,15 +59,20 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     if not nodes or not 0 < int(nodes[1]) <= int(nodes[2] or nodes[1]):
         parser.error(f"--nodes {found.nodes} is neither N nor MIN:MAX with 0 < MIN <= MAX")
     found.fewest, found.most = int(nodes[1]), int(nodes[2] or nodes[1])
-    if found.command[:1] != ["train"] or "--run-folder" not in found.command[:-1]:
+    runs = [after for word, after in pairwise(found.command) if word == "--run-folder"]
+    runs += [word.partition("=")[2] for word in found.command if word.startswith("--run-folder=")]
+    if found.command[:1] != ["train"] or len(runs) != 1 or not runs[0]:
         parser.error(
             "give `train RECIPE ... --run-folder RUN` after the options: restarts are counted in the run folder"
         )
-    found.run = Path(found.command[found.command.index("--run-folder") + 1])
+    found.run = Path(runs[0])
     if found.most > 1 and not found.host:
         parser.error("--host is needed with several nodes: the address of node rank 0, as the others reach it")
     if found.nproc_per_node < 1 or found.node_rank < 0:
         parser.error("--nproc-per-node must be at least 1, --node-rank at least 0")
+    for name in ("grace", "silence", "join_timeout", "last_call"):
+        if not 0 < getattr(found, name) < 10**6:  # nan too, for which nothing is ever too late
+            parser.error(f"--{name.replace('_', '-')} {getattr(found, name)} is no number of seconds above 0")
     where = re.fullmatch(r"(?:\[(.+)\]|([^:\[\]]+))(?::(\d+))?", found.host or "127.0.0.1")
     if not where or not 0 < int(where[3] or PORT) < 65536:
         parser.error(f"--host {found.host} is neither HOST nor HOST:PORT, nor [IPV6]:PORT")
@@ -107,7 +113,9 @@ def main(arguments: list[str] | None = None) -> int:
             say(
                 f"{host}:{options.port} did not answer for {options.join_timeout} s: is node rank 0 up, and the port open?"
             )
-            return 7
+            return (
+                1  # as where too few nodes came: the first one may have died, and a job that is requeued gets another
+            )
         with tempfile.TemporaryDirectory(prefix="ssa-launch-") as logs:
             code = _launch(options, host, address, Path(logs))
     except AddressProblem as problem:

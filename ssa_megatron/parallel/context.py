@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from ssa_megatron.config import Recipe
-from ssa_megatron.errors import EnvironmentProblem
+from ssa_megatron.errors import ConfigError, EnvironmentProblem
 from ssa_megatron.parallel import cpu, topology
 
 TIMEOUT = datetime.timedelta(minutes=10)  # a rank that is silent for longer is gone; every collective ends by then
@@ -173,7 +173,13 @@ class Mpu:
 
 
 def world_size() -> int:
-    """Processes in this launch; 1 without a launcher."""
+    """Processes in this launch; 1 without a launcher. Raises ConfigError where srun alone started several of them."""
+    tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
+    if "WORLD_SIZE" not in os.environ and tasks != "1":  # one would win the run folder, and train alone
+        raise ConfigError(
+            f"srun started {tasks} processes, and nothing has told them of each other",
+            remedy="cluster/submit; or srun --ntasks-per-node=1 python -m cluster.launch --nproc-per-node N train ...",
+        )
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 

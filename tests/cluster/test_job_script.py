@@ -22,7 +22,7 @@ ssa_job {run} bash -c "{command}"
 
 
 def start(run: Path, code: int, *, tenths: int = 0, restarts: int = 0, before: str = "") -> subprocess.Popen:
-    run.mkdir()
+    run.mkdir(exist_ok=True)
     command = COMMAND.format(run=run, code=code, tenths=tenths).replace("$", "\\$")
     script = SCRIPT.format(run=run, command=command, restarts=restarts, before=before)
     return subprocess.Popen(
@@ -34,8 +34,8 @@ def start(run: Path, code: int, *, tenths: int = 0, restarts: int = 0, before: s
     )
 
 
-ONCE_MORE = [(75, 0), (75, 99), (8, 0), (1, 0), (137, 2)]
-NO_MORE = [(0, 0), (2, 0), (6, 0), (7, 0), (137, 3), (138, 0), (143, 0)]
+ONCE_MORE = [(75, 0), (75, 99), (8, 0), (1, 0), (137, 99)]
+NO_MORE = [(0, 0), (2, 0), (6, 0), (7, 0), (138, 0), (143, 0)]
 
 
 @pytest.mark.parametrize(("code", "restarts"), [*ONCE_MORE, *NO_MORE])
@@ -44,6 +44,44 @@ def test_an_exit_code_is_requeued_or_not(tmp_path, code, restarts):
     said, _ = process.communicate(timeout=30)
     assert process.returncode == code
     assert ("asked of SLURM: requeue 7" in said) is ((code, restarts) in ONCE_MORE), said
+
+
+def crashes(run: Path, times: int, before: str = "") -> list[bool]:
+    """Whether SLURM is asked to requeue a job that crashes so often in a row."""
+    asked = []
+    for life in range(times):
+        said, _ = start(run, 137, restarts=life, before=before).communicate(timeout=30)
+        asked.append("asked of SLURM: requeue 7" in said)
+    return asked
+
+
+def test_crashes_are_counted_from_the_newest_checkpoint_and_by_job(tmp_path):
+    """Once by SLURM's count of restarts: after three time limits a long run's first crash was its last."""
+    run = tmp_path / "run"
+    assert crashes(run, 4) == [True, True, True, False]
+    (run / "checkpoints").mkdir()
+    (run / "checkpoints" / "latest").write_text("step-00000010\n")
+    assert crashes(run, 4) == [True, True, True, False]
+    assert crashes(run, 1, before="SLURM_JOB_ID=8") == [False]  # asks for job 8
+    assert (run / "logs" / "crashes").read_text() == "1 8 step-00000010\n"
+
+
+def test_where_crashes_cannot_be_counted_slurms_restarts_are(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "logs").write_text("no folder")
+    assert crashes(tmp_path / "run", 4) == [True, True, True, False]
+
+
+@pytest.mark.parametrize("said", ["NodeName=n1 NodeAddr=10.0.0.1 X=1", ""])
+def test_the_first_node_goes_by_its_name_while_the_controller_does_not_answer(said):
+    """Once by nothing: the launchers then ended with 2, which is not requeued."""
+    script = f"""source cluster/job.sh
+    scontrol() {{ [[ $* != "show hostnames n[1-2]" ]] || echo n1; [[ $* != *"show node n1" ]] || echo "{said}"; }}
+    SLURM_JOB_NODELIST="n[1-2]" ssa_host"""
+    done = subprocess.run(
+        ["bash", "-c", script], cwd=launch.ROOT, capture_output=True, text=True, timeout=30, check=True
+    )
+    assert done.stdout == ("10.0.0.1\n" if said else "n1\n")
 
 
 def test_a_crash_after_progress_is_requeued_however_often_it_was(tmp_path):

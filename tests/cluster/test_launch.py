@@ -52,7 +52,11 @@ if "--run-folder" in sys.orig_argv and "ssa_megatron" in sys.orig_argv:
         (("train", "demo"), "give `train RECIPE ... --run-folder RUN`"),
         (("plan", "demo", "--run-folder", "x"), "give `train RECIPE ... --run-folder RUN`"),
         ((), "give `train RECIPE ... --run-folder RUN`"),
+        (("train", "demo", "--run-folder="), "give `train RECIPE ... --run-folder RUN`"),
         (("--node", "2", *TRAIN), "unrecognized arguments"),
+        (("--silence", "0", *TRAIN), "--silence 0.0 is no number of seconds above 0"),
+        (("--grace", "nan", *TRAIN), "--grace nan is no number of seconds above 0"),
+        (("--join-timeout", "-1", *TRAIN), "--join-timeout -1 is no number of seconds above 0"),
     ],
 )
 def test_a_command_line_that_cannot_work_says_why(arguments, said, capsys):
@@ -90,6 +94,25 @@ def test_a_launcher_per_gpu_instead_of_per_node_is_refused(monkeypatch, capsys):
         parse(list(TRAIN))
 
 
+def test_ranks_that_srun_started_without_a_launcher_are_told_how_to(tmp_path):
+    """Once each trained alone: the first in the run folder, the others refused two minutes later."""
+    run = tmp_path / "run"
+    said = launch.run(
+        1,
+        "ssa_megatron",
+        "train",
+        "demo",
+        "--run-folder",
+        str(run),
+        expect=2,
+        SLURM_STEP_NUM_TASKS="8",
+        SLURM_PROCID="3",
+    )
+    assert "srun started 8 processes, and nothing has told them of each other" in said
+    assert "srun --ntasks-per-node=1 python -m cluster.launch" in said
+    assert not run.exists()
+
+
 def test_host_names_with_a_domain_and_ports_are_told_apart():
     for host, expected in {
         "node-1.cluster.example.org": ("node-1.cluster.example.org", 29500),
@@ -98,6 +121,24 @@ def test_host_names_with_a_domain_and_ports_are_told_apart():
     }.items():
         found = parse(["--nodes", "2", "--host", host, *TRAIN])
         assert (found.host, found.port) == expected
+
+
+def test_the_run_folder_is_understood_in_both_spellings_that_ssa_train_takes():
+    """Once only as two words; the other was refused as missing."""
+    assert parse(["train", "demo", "--run-folder=runs/y"]).run == Path("runs/y")
+    assert parse(["train", "demo", "--run-folder", "runs/y", "train.steps=3"]).run == Path("runs/y")
+
+
+def test_a_first_node_that_never_comes_is_a_crash_which_is_requeued_and_not_hopeless(tmp_path):
+    """Once 7, which no scheduler requeues: a job whose first node had died was over."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+        options = ("--nodes", "2", "--node-rank", "1", "--host", f"127.0.0.1:{port}", "--join-timeout", "2")
+        process = start(*options, *TRAIN)
+        said = finish(process, 60)
+    assert process.returncode == 1, said
+    assert f"127.0.0.1:{port} did not answer for 2 s: is node rank 0 up, and the port open?" in said
 
 
 def test_a_port_that_is_taken_is_named_with_the_remedy(tmp_path):

@@ -136,9 +136,11 @@ def test_scontrol_requeue_continues_from_the_last_checkpoint(job, whole):
     check_equal(job.run, whole)
 
 
-def test_a_killed_step_daemon_on_one_node_requeues_the_job(job, whole):
+@pytest.mark.parametrize("node", ["n2", "n1"])
+def test_a_killed_step_daemon_on_one_node_requeues_the_job(job, whole, node):
+    """n1 holds the rendezvous: the other launcher waits in vain for it, which was once exit code 7 and the end of the job."""
     job.reach(14)
-    kill_node(job.run, "n2")
+    kill_node(job.run, node)
     job.again(1, timeout=400)
     job.end()
     assert read_starts(job.run)[0].ended is None
