@@ -4,7 +4,8 @@
 
 The run folder receives code/HASH (this code and the resolved recipe, which the job runs from, so that editing the checkout
 changes no running job), jobs/NAME.sbatch and logs/. Given again for the same run folder, it continues the run. It refuses what
-`ssa plan` refuses, on any number of nodes the job may get, data that is not there, and a site file that cannot be meant.
+`ssa plan` refuses, on any number of nodes the job may get, a run folder of another recipe, data that is not there, and a site
+file that cannot be meant.
 """
 
 import argparse
@@ -20,7 +21,7 @@ from pathlib import Path
 
 import yaml
 
-from cluster.settings import CLUSTER, Refused, read_networks, read_site
+from cluster.settings import CLUSTER, Refused, check_time, read_networks, read_site
 
 PACKAGES = ("ssa_megatron", "kernels", "pipelines", "cluster")
 TEMPLATES = tuple(sorted(path.stem for path in (CLUSTER / "templates").glob("*.sbatch")))
@@ -57,17 +58,23 @@ def _submit(options: argparse.Namespace) -> None:
     recipe = _resolve(options.recipe, options.overrides)
     sweep = _read_sweep(options.sweep) if options.template == "array" else [""]
     fewest, most = options.nodes
-    for line in sweep:
+    for task, line in enumerate(sweep):
+        folder = run / str(task) if options.template == "array" else run
         for nodes in range(fewest, most + 1):
-            _plan(recipe, line, nodes * site["ranks_per_node"], site["gpu"])
+            _plan(recipe, line, nodes * site["ranks_per_node"], site["gpu"], folder)
     for line in sweep:
         _check_data(recipe, line, on_nodes=options.data_on_nodes)
+    mounts = _mounts(site, run, recipe)
+    if options.template in ("pyxis", "apptainer") and (wrong := [path for path in mounts if re.search('[,:"`]', path)]):
+        raise Refused(f"a container cannot mount {wrong[0]}: no commas, colons or quotes in the path of data")
+    limit = options.time or site["time"]
+    check_time(limit, least=site["grace"] + 2 * WARNING, origin="--time" if options.time else f"{options.site}: time")
     code = _snapshot(run, recipe, sweep)
     values = {
         "name": run.name,
         "nodes": str(most) if fewest == most else f"{fewest}-{most}",
         "cpus": str(site["cpus_per_node"]),
-        "time": options.time or site["time"],
+        "time": limit,
         "warning": str(site["grace"] + WARNING),
         "grace": str(site["grace"]),
         "join": str(site["join"]),
@@ -77,11 +84,11 @@ def _submit(options: argparse.Namespace) -> None:
         "code": str(code),
         "last": str(len(sweep) - 1),
         "image": site["image"],
-        "mounts": ",".join(f"{path}:{path}" for path in _mounts(site, run, recipe)),
+        "mounts": ",".join(f"{path}:{path}" for path in mounts),
     }
     extra = [f"--gpus-per-node={site['gpus_per_node']}"] * (site["gpus_per_node"] > 0) + site["sbatch"]
     script = run / "jobs" / f"{options.template}.sbatch"
-    text = render(options.template, values, site=extra, environment=_environment(site, network))
+    text = render(options.template, values, site=extra, environment=_environment(site, network, code))
     for folder in (script.parent, run / "logs"):
         folder.mkdir(parents=True, exist_ok=True)
     script.write_text(text)
@@ -175,11 +182,12 @@ def _resolve(recipe: str, overrides: list[str]) -> dict:
     return values
 
 
-def _plan(recipe: dict, line: str, world: int, gpu: str) -> None:
+def _plan(recipe: dict, line: str, world: int, gpu: str, run: Path) -> None:
     with tempfile.TemporaryDirectory(prefix="ssa-submit-") as folder:
         draft = Path(folder) / "recipe.yaml"
         draft.write_text(yaml.safe_dump(recipe, sort_keys=False))
-        page = _ssa("plan", str(draft), *shlex.split(line), "--world", str(world), "--gpu", gpu, "--top", "0")
+        options = ("--world", str(world), "--gpu", gpu, "--top", "0", "--run-folder", str(run))
+        page = _ssa("plan", str(draft), *shlex.split(line), *options)
     head = page.splitlines()[:2]
     print("\n".join(([f"sweep: {line}"] if line else []) + head))
 
@@ -207,8 +215,8 @@ def _check_data(recipe: dict, line: str, *, on_nodes: bool) -> None:
 def _read_sweep(path: Path) -> list[str]:
     try:
         lines = [line.strip() for line in path.read_text().splitlines()]
-    except OSError as error:
-        raise Refused(f"--sweep {path} cannot be read: {error.strerror}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise Refused(f"--sweep {path} cannot be read: {error}") from None
     lines = [line for line in lines if line and not line.startswith("#")]
     for line in lines:
         for word in line.split():
@@ -245,8 +253,11 @@ def _snapshot(run: Path, recipe: dict, sweep: list[str]) -> Path:
     return code
 
 
-def _environment(site: dict, networks: dict) -> list[str]:
-    lines = list(site["setup"])
+def _environment(site: dict, networks: dict, code: Path) -> list[str]:
+    lines = []
+    if site["setup"]:  # whatever it does to the shell, the job goes on as the template began
+        lines = ["set +u # conda's and modules' own scripts read variables that nobody has set", *site["setup"]]
+        lines += ["set +e -u", f'cd "{code}" || exit 7']
     for section in ("all", site["network"]):
         for name, (value, reason) in networks[section].items():
             lines.append(f'export {name}="${{{name}:-{value}}}"  # {reason}')

@@ -81,7 +81,10 @@ def plan(
     network_gbytes: Annotated[float | None, typer.Option(help="GB/s a GPU sends between nodes, instead")] = None,
     document: Annotated[int | None, typer.Option(min=1, help="tokens of a document; one a row by default")] = None,
     top: Annotated[int, typer.Option(min=0, help="how many of the best topologies to show")] = 5,
-    run: Annotated[Path | None, typer.Option("--run-folder", help="whose disk is asked; runs/NAME by default")] = None,
+    run: Annotated[
+        Path | None,
+        typer.Option("--run-folder", help="whose disk and recipe are looked at; else the disk of runs/NAME"),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object instead of the page")] = False,
 ) -> None:
     """Before any GPU is held: is it legal, does it fit, how fast will it be, and what would be better. Starts nothing."""

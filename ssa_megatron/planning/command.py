@@ -11,6 +11,7 @@ from pathlib import Path
 from ssa_megatron.config import Recipe
 from ssa_megatron.errors import ConfigError
 from ssa_megatron.planning import hardware, page, search
+from ssa_megatron.train.run_folder import check_same_run
 
 GIB = 2**30
 
@@ -30,8 +31,11 @@ def plan(
 ) -> None:
     """Print the plan. document: tokens of a typical document in a row; None for rows that are one document each.
 
-    Raises ConfigError when the recipe is not legal for `world` processes, or needs more memory than a GPU has.
+    Raises ConfigError when the recipe is not legal for `world` processes, or needs more memory than a GPU has; RunFolderError
+    when `run` holds a run of another recipe, which a job would find out after its time in the queue.
     """
+    if run is not None:
+        check_same_run(run, recipe)
     figures = hardware.find(gpu)
     given = {"memory": (memory_gib, GIB), "link": (link_gbytes, 1e9), "network": (network_gbytes, 1e9)}
     given = {name: (value, unit) for name, (value, unit) in given.items() if value is not None}

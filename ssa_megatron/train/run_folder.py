@@ -2,6 +2,7 @@
 
 `claim` is called by every rank and decided by the writer: a folder in use, or begun with another recipe, is refused on all of
 them with the difference named. Ownership is a lock that dies with its process, so a killed run never blocks the next.
+Imports no torch: `ssa plan` asks it too.
 """
 
 import fcntl
@@ -13,15 +14,17 @@ import sys
 import time
 from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
 import yaml
 
 from ssa_megatron.config import Recipe, digest, dump_recipe
 from ssa_megatron.config.recipe import differences, resolve
 from ssa_megatron.errors import ConfigError, RunFolderError
 from ssa_megatron.files import replace_durably
-from ssa_megatron.parallel.context import ParallelContext
+
+if TYPE_CHECKING:
+    from ssa_megatron.parallel.context import ParallelContext
 
 LEASE_SECONDS = 120  # NFSv4 keeps the locks of a client that vanished for 90 s
 
@@ -75,7 +78,7 @@ class RunFolder:
             ) from None
         return True
 
-    def record(self, recipe: Recipe, tokenizer: dict[str, bytes], ds_config: dict, context: ParallelContext) -> None:
+    def record(self, recipe: Recipe, tokenizer: dict[str, bytes], ds_config: dict, context: "ParallelContext") -> None:
         """Write down what is about to run, once nothing can refuse it any more; the tokenizer's files when there are none."""
         for name, content in {
             "config.yaml": dump_recipe(recipe),
@@ -89,13 +92,13 @@ class RunFolder:
                 (self.path / ".tmp-tokenizer").rename(self.path / name)
 
 
-def claim(path: Path, recipe: Recipe, context: ParallelContext) -> RunFolder:
+def claim(path: Path, recipe: Recipe, context: "ParallelContext") -> RunFolder:
     """Own `path` for `recipe`, which must be the one it was begun with. Raises RunFolderError, on every rank."""
     folder = RunFolder(path)
 
     def take() -> None:
         folder.lock()
-        _check_same_run(folder, recipe)
+        check_same_run(path, recipe)
 
     context.on_writer(take)
     return folder
@@ -117,19 +120,22 @@ def read_recipe(path: Path) -> Recipe:
         ) from None
 
 
-def _check_same_run(folder: RunFolder, recipe: Recipe) -> None:
-    if not (folder.path / "config.yaml").exists():
+def check_same_run(path: Path, recipe: Recipe) -> None:
+    """Raise RunFolderError naming what differs if `path` holds a run of another recipe."""
+    if not (path / "config.yaml").exists():
         return
-    earlier = read_recipe(folder.path)
+    earlier = read_recipe(path)
     if digest(earlier) != digest(recipe):
         changed = "\n  ".join(differences(earlier.model_dump(), recipe.model_dump()))
         raise RunFolderError(
-            f"run folder {folder.path} belongs to another recipe:\n  {changed}",
+            f"run folder {path} belongs to another recipe:\n  {changed}",
             remedy="give another folder with --run-folder, or put the values above back",
         )
 
 
-def _environment(context: ParallelContext) -> dict:
+def _environment(context: "ParallelContext") -> dict:
+    import torch
+
     packages = ("torch", "triton", "megatron-core", "deepspeed", "mosaicml-streaming", "sentencepiece", "transformers")
     versions = {}
     for name in packages:

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from cluster.settings import SITE, Refused, read_networks, read_site
+from cluster.settings import SITE, Refused, check_time, read_networks, read_site
 from cluster.submission import TEMPLATES, render
 from cluster.submission import _parse as parse_submission
 from cluster.submission import _submit as submit_here
+from ssa_megatron.config import dump_recipe, load_recipe
 from tests import launch
 from tests.cluster.conftest import submit
 
@@ -56,6 +57,12 @@ def test_the_shipped_site_file_has_every_setting():
         ("time", 86400, "time must be str, not 86400: YAML reads 24:00:00 as a number unless it stands in quotes"),
         ("setup", [{"echo a": "b"}], "setup holds {'echo a': 'b'}, which is no text: put the whole line in quotes"),
         ("sbatch", [7], "sbatch holds 7, which is no text"),
+        ("sbatch", ["exclusive"], "sbatch holds 'exclusive', which is no option of sbatch, like --partition=gpu"),
+        ("sbatch", ["--comment=a\nrm x"], "which is no option of sbatch"),
+        ("image", 'a"; touch x; "', "image holds '\"' in 'a\"; touch x; \"'"),
+        ("python", "py`thon`", "python holds '`'"),
+        ("mounts", ["/scratch:/data"], "mounts holds '/scratch:/data': a folder, seen under the same path inside"),
+        ("mounts", [""], "mounts holds ''"),
         ("gpus_per_node", 4, "ranks_per_node must not be more than gpus_per_node: 8 ranks for 4 GPU(s) of a node"),
     ],
 )
@@ -64,6 +71,36 @@ def test_a_wrong_site_setting_is_named_with_its_value(tmp_path, key, value, said
     (tmp_path / "site.yaml").write_text(yaml.safe_dump(values))
     with pytest.raises(Refused, match=re.escape(said)):
         read_site(tmp_path / "site.yaml")
+
+
+@pytest.mark.parametrize("option", ["--site", "--sweep"])
+def test_a_file_that_is_no_text_is_refused_by_name(site, tmp_path, option):
+    """Once a traceback."""
+    (tmp_path / "binary").write_bytes(b"\xff\xfe")
+    options = parse_submission([option, str(tmp_path / "binary"), "--run-folder", str(tmp_path / "run"), "demo"])
+    with pytest.raises(Refused, match=rf"{option} {tmp_path}/binary cannot be read: 'utf-8' codec"):
+        submit_here(options)
+
+
+@pytest.mark.parametrize("limit", ["5", "5:00", "0:05:00", "0-0:05", "0-0:05:00"])
+def test_a_time_limit_in_which_nothing_could_be_trained_is_refused(limit):
+    """Once submitted: told to stop as soon as it had begun, it requeued itself for ever."""
+    check_time(limit, least=300, origin="--time")
+    with pytest.raises(
+        Refused, match=rf"--time: {limit} is 300 s, and the job is told to stop up to 301 s before its end"
+    ):
+        check_time(limit, least=301, origin="--time")
+
+
+@pytest.mark.parametrize("limit", ["1-00", "2-12:00:00", "24:00:00", "1440", "UNLIMITED"])
+def test_a_day_is_long_enough(limit):
+    check_time(limit, least=86_400, origin="--time")
+
+
+@pytest.mark.parametrize("limit", ["", "a day", "1:2:3:4", "24h", "-5"])
+def test_what_slurm_takes_for_no_time_limit_is_refused(limit):
+    with pytest.raises(Refused, match="is no time limit"):
+        check_time(limit, least=1, origin="--time")
 
 
 def test_a_missing_site_setting_is_named(tmp_path):
@@ -150,6 +187,80 @@ def test_a_dry_run_leaves_code_recipe_and_script_and_submits_nothing(site, tmp_p
 def test_what_cannot_run_gets_no_job_number(site, tmp_path, arguments, said):
     output = submit("--site", site, "--run-folder", tmp_path / "run", *arguments, expect=2)
     assert said in output
+    assert not (tmp_path / "run" / "jobs").exists()
+
+
+def test_time_is_refused_before_anything_is_made(site, tmp_path):
+    said = submit("--site", site, "--run-folder", tmp_path / "run", "--time", "2", "demo", "data.path=/", expect=2)
+    assert "--time: 2 is 120 s, and the job is told to stop up to 160 s before its end" in said
+    assert not (tmp_path / "run").exists()
+
+
+ODD = {  # legal, and hard on a shell
+    "python": "$HOME/an environment/bin/python",
+    "image": "docker://nvcr.io#nvidia/pytorch:25.01-py3",
+    "mounts": ["/a folder", "$SCRATCH/x"],
+    "sbatch": ["--comment=it's", "--exclude=n[1-3]"],
+    "setup": ['echo "$NOBODY_HAS_SET_THIS"', "set -euo pipefail", "cd /", "export A='it is'"],
+}
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_odd_settings_give_a_script_that_shellcheck_passes_and_that_starts_the_launcher(site, tmp_path, template):
+    """Once a job's end: a setup with `set -e` or `cd`, or with scripts that `set -u` ends, as conda's."""
+    odd = tmp_path / "odd.yaml"
+    odd.write_text(yaml.safe_dump(yaml.safe_load(site.read_text()) | ODD))
+    data, run = tmp_path / "its data", tmp_path / "run"
+    data.mkdir()
+    (tmp_path / "sweep.txt").write_text("optimizer.lr=0.001 train.seed=7\n")  # one task
+    more = ("--sweep", tmp_path / "sweep.txt") if template == "array" else ("--template", template)
+    submit("--site", odd, *more, "--run-folder", run, "--dry-run", "demo", f"data.path={data}")
+    script = run / "jobs" / f"{template}.sbatch"
+    assert shellcheck(script) == ""
+    called = tmp_path / "called"
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    (tools / "srun").write_text(f'#!/bin/bash\npwd >>"{called}"\nprintf "%s\\n" "$@" >>"{called}"\nexit 75\n')
+    (tools / "scontrol").write_text("#!/bin/bash\necho n1\n")
+    for tool in tools.iterdir():
+        tool.chmod(0o755)
+    slurm = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1", "SLURM_ARRAY_TASK_ID": "0", "HOME": "/home/me"}
+    environment = launch.environment(PATH=f"{tools}:/usr/bin:/bin", SCRATCH="/scratch", **slurm)
+    done = subprocess.run(["bash", str(script)], env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 75, done.stdout + done.stderr
+    folder, *words = called.read_text().splitlines()
+    [code] = (run / "code").iterdir()
+    assert folder == str(code)
+    at = words.index("/home/me/an environment/bin/python")
+    assert words[at + 1 : at + 3] == ["-m", "cluster.launch"]
+    task = ["optimizer.lr=0.001", "train.seed=7", "--run-folder", f"{run}/0"]
+    end = task if template == "array" else ["--run-folder", str(run)]
+    assert words[-len(end) - 2 :] == ["train", "recipe.yaml", *end]
+    text = "\n".join(words)
+    if template in ("pyxis", "apptainer"):
+        assert ODD["image"] in text
+        assert f"{data}:{data},/a folder:/a folder,/scratch/x:/scratch/x" in text
+
+
+def test_a_container_cannot_mount_data_whose_path_has_a_colon(site, tmp_path):
+    with_image = tmp_path / "site.yaml"
+    with_image.write_text(yaml.safe_dump(yaml.safe_load(site.read_text()) | {"image": "x.sif"}))
+    (tmp_path / "a:b").mkdir()
+    options = ("--site", with_image, "--template", "apptainer", "--run-folder", tmp_path / "run")
+    said = submit(*options, "demo", f"data.path={tmp_path / 'a:b'}", expect=2)
+    assert f"a container cannot mount {tmp_path}/a:b" in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_folder_of_another_recipe_gets_no_job_number(site, tmp_path):
+    """Once the job found out, with exit code 5, after its time in the queue; for a sweep each task's folder is looked at."""
+    sweep = tmp_path / "sweep.txt"
+    sweep.write_text("train.seed=1\ntrain.seed=2\n")
+    (tmp_path / "run" / "1").mkdir(parents=True)
+    (tmp_path / "run" / "1" / "config.yaml").write_text(dump_recipe(load_recipe("demo", ["train.seed=3"])))
+    said = submit("--site", site, "--run-folder", tmp_path / "run", "--sweep", sweep, "demo", "data.path=/", expect=2)
+    assert f"run folder {tmp_path}/run/1 belongs to another recipe:\n  " in said
+    assert "train.seed: 3 -> 2" in said
     assert not (tmp_path / "run" / "jobs").exists()
 
 

@@ -9,9 +9,9 @@ import sys
 
 import pytest
 
-from ssa_megatron.config import load_recipe, resolve
+from ssa_megatron.config import dump_recipe, load_recipe, resolve
 from ssa_megatron.config.recipe import apply_override
-from ssa_megatron.errors import ConfigError
+from ssa_megatron.errors import ConfigError, RunFolderError
 from ssa_megatron.parallel import topology
 from ssa_megatron.planning import hardware, page, search, table
 from ssa_megatron.planning.command import plan
@@ -120,6 +120,13 @@ def test_a_disk_without_room_for_the_checkpoints_is_pointed_out(capsys, monkeypa
         assert ("NOT ENOUGH" in capsys.readouterr().out) == said
         plan(recipe, 8, top=0, as_json=True)
         assert json.loads(capsys.readouterr().out)["checkpoint"] == {"bytes": one, "needed": 3 * one, "free": free}
+
+
+def test_a_run_folder_of_another_recipe_is_refused_before_a_job_waits_for_its_nodes(tmp_path):
+    (tmp_path / "config.yaml").write_text(dump_recipe(load_recipe("demo")))
+    plan(load_recipe("demo", ["train.recompute=full"]), 2, run=tmp_path)
+    with pytest.raises(RunFolderError, match=r"belongs to another recipe:\n  model\.num_layers: \d+ -> 3"):
+        plan(load_recipe("demo", ["model.num_layers=3"]), 2, run=tmp_path)
 
 
 def test_a_recipe_that_does_not_fit_says_by_how_much_and_what_does(capsys):
