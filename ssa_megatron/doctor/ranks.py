@@ -13,7 +13,8 @@ VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 def find() -> None:
     """Complete torchrun's variables in the environment, under srun from SLURM's. Raises ConfigError when there are none."""
-    if "RANK" not in os.environ and "SLURM_PROCID" in os.environ:
+    # a batch script has SLURM_PROCID too, but is no step: nobody else would come
+    if "RANK" not in os.environ and {"SLURM_PROCID", "SLURM_STEP_NUM_TASKS"} <= os.environ.keys():
         _from_slurm()
     missing = [name for name in VARIABLES if name not in os.environ]
     if missing:
@@ -33,7 +34,7 @@ def _from_slurm() -> None:
     os.environ.setdefault("MASTER_PORT", str(20000 + int(os.environ.get("SLURM_JOB_ID", "0")) % 20000))
     os.environ.update(
         RANK=os.environ["SLURM_PROCID"],
-        WORLD_SIZE=os.environ["SLURM_NTASKS"],
+        WORLD_SIZE=os.environ["SLURM_STEP_NUM_TASKS"],
         LOCAL_RANK=os.environ["SLURM_LOCALID"],
         LOCAL_WORLD_SIZE=tasks,
     )

@@ -13,11 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from ssa_megatron.doctor import machine
+from ssa_megatron.doctor import machine, ranks
 from ssa_megatron.doctor.cluster import outliers
 from ssa_megatron.doctor.finding import Finding, as_json, page, worst
 from ssa_megatron.doctor.gpu import expected, rates
 from ssa_megatron.doctor.speed import Speed
+from ssa_megatron.errors import ConfigError
 from ssa_megatron.planning.hardware import TABLE
 from tests import launch
 
@@ -285,6 +286,26 @@ def test_a_cluster_of_nobody_is_refused():
     )
     assert done.returncode == 2
     assert "RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT not set" in done.stderr
+
+
+def test_a_batch_script_is_no_step_and_is_told_to_use_srun(monkeypatch):
+    """Once a KeyError: a batch script has SLURM_PROCID, and of the tasks' number nothing that can be relied on."""
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {"PROCID": "0", "LOCALID": "0", "JOB_ID": "7", "JOB_NODELIST": "n1"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    with pytest.raises(ConfigError, match="nobody started us together") as refused:
+        ranks.find()
+    assert "under srun" in refused.value.remedy
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
+    monkeypatch.setattr(os, "environ", dict(os.environ))  # it completes them
+    ranks.find()
+    assert [os.environ[name] for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")] == [
+        "0",
+        "2",
+        "n1",
+        "20007",
+    ]
 
 
 def free_port() -> int:
