@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import yaml
@@ -97,7 +98,8 @@ def _submit(options: argparse.Namespace) -> None:
         print(f"not submitted; sbatch {script} does it")
         return
     try:
-        done = subprocess.run(["sbatch", "--parsable", str(script)], capture_output=True, text=True, timeout=120)
+        command = ["sbatch", "--parsable", str(script)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=_handed_on(os.environ))
     except FileNotFoundError:
         raise Refused(
             "no sbatch on this machine: submit from a login node, or start with python -m cluster.launch"
@@ -262,6 +264,24 @@ def _environment(site: dict, networks: dict, code: Path) -> list[str]:
         for name, (value, reason) in networks[section].items():
             lines.append(f'export {name}="${{{name}:-{value}}}"  # {reason}')
     return lines
+
+
+def _handed_on(environment: Mapping[str, str]) -> dict[str, str]:
+    """The environment that sbatch hands to the job: the caller's, without this checkout and without a job around the caller.
+
+    SLURM_CPU_BIND, SLURM_MEM_PER_CPU, SLURM_NTASKS... of an interactive job are orders to the new job's srun, for cores and tasks
+    it does not have. The checkout on PYTHONPATH, where cluster/submit puts it, would stand in for what a snapshot lacks.
+    """
+    found = dict(environment)
+    paths = [path for path in found.pop("PYTHONPATH", "").split(os.pathsep) if path not in ("", str(CLUSTER.parent))]
+    if paths:
+        found["PYTHONPATH"] = os.pathsep.join(paths)
+    if "SLURM_JOB_ID" in found:
+        ours = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "SSA_HOST"}
+        kept = {"SLURM_CONF", "SLURM_CLUSTERS"}
+        foreign = re.compile(r"(SLURM|SLURMD|PMI|PMIX)_")
+        found = {k: v for k, v in found.items() if k in kept or not (k in ours or foreign.match(k))}
+    return found
 
 
 def _mounts(site: dict, run: Path, recipe: dict) -> list[str]:

@@ -83,7 +83,7 @@ class Watcher:
             goodput=_goodput(self._productive, starts, signs, alive, now),
             seconds_left=seconds * (recipe.train.steps - step) if alive and seconds else None,
             checkpoint=int(checkpoint.name.removeprefix("step-")) if checkpoint else None,
-            checkpoint_age=now - checkpoint.stat().st_mtime if checkpoint else None,
+            checkpoint_age=_age(checkpoint, now),
             restarts=max(0, len(starts) - 1),
             died=sum(start.ended is None for start in starts[:-1]),
             world=world,
@@ -156,6 +156,14 @@ def _state(recipe: Recipe, signs: list[dict], now: float) -> tuple[str, bool]:
         names = ", ".join(map(str, silent[:4])) + (", ..." if len(silent) > 4 else "")
         return f"rank {names} silent for {duration(max(ages.values()))}", True
     return f"{first['phase']} for {duration(first['seconds'])}" if first["seconds"] > 30 else first["phase"], True
+
+
+def _age(checkpoint: Path | None, now: float) -> float | None:
+    """Seconds; 0 where this machine's clock is behind the file system's."""
+    try:
+        return max(0.0, now - checkpoint.stat().st_mtime) if checkpoint else None
+    except FileNotFoundError:  # pruned since it was found
+        return None
 
 
 def _goodput(productive: float, starts: list[Start], signs: list[dict], alive: bool, now: float) -> float | None:

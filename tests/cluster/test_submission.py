@@ -294,6 +294,25 @@ def test_a_run_folder_that_cannot_be_made_is_refused_with_the_reason(site, tmp_p
     assert f"error: --run-folder {run} cannot be made or written" in said
 
 
+@pytest.mark.parametrize("inside", [True, False])
+def test_a_job_does_not_inherit_the_job_it_is_submitted_from_nor_the_checkout(site, tmp_path, inside):
+    """Once srun in it was told the interactive job's cores (`CPU binding outside of job step allocation`) and first node."""
+    tools, seen = tmp_path / "tools", tmp_path / "seen"
+    tools.mkdir()
+    (tools / "sbatch").write_text(f'#!/bin/bash\nenv >"{seen}"\necho "4711;cluster"\n')
+    (tools / "sbatch").chmod(0o755)
+    around = {"SLURM_CPU_BIND": "quiet,mask_cpu:0x1", "SLURM_CONF": "/etc/s.conf", "SSA_HOST": "n9", "MINE": "kept"}
+    around |= {"PATH": f"{tools}:/usr/bin:/bin", "PYTHONPATH": f"/my modules:{launch.ROOT}"}
+    around |= {"SLURM_JOB_ID": "7", "SLURMD_NODENAME": "n9", "WORLD_SIZE": "8"} if inside else {}
+    arguments = ("--site", site, "--run-folder", tmp_path / "run", "demo", f"data.path={tmp_path}")
+    said = submit(*arguments, environment={**launch.environment(), **around})
+    assert "job              4711\n" in said
+    found = dict(line.split("=", 1) for line in seen.read_text().splitlines() if "=" in line)
+    assert (found["SLURM_CONF"], found["MINE"], found["PYTHONPATH"]) == ("/etc/s.conf", "kept", "/my modules")
+    assert {"SLURM_CPU_BIND", "SSA_HOST"} & found.keys() == (set() if inside else {"SLURM_CPU_BIND", "SSA_HOST"})
+    assert not {"SLURM_JOB_ID", "SLURMD_NODENAME", "WORLD_SIZE"} & found.keys()
+
+
 def test_where_there_is_no_slurm_submit_says_what_to_do_instead(site, tmp_path):
     tools = tmp_path / "bin"
     tools.mkdir()

@@ -92,6 +92,17 @@ def test_a_running_job_shows_step_loss_speed_goodput_time_left_checkpoint_and_re
     assert "1, 1 died" in row(found)
 
 
+def test_a_clock_that_is_behind_and_a_checkpoint_pruned_meanwhile_show_no_nonsense(run, monkeypatch):
+    """Once `8, -3600 s ago`, and a traceback."""
+    newest = run / "checkpoints" / "step-00000008"
+    os.utime(newest, (time.time() + 3600,) * 2)
+    assert Watcher(run).look().checkpoint_age == 0
+    monkeypatch.setattr("ssa_megatron.status.state.committed", lambda _: [newest.with_name("step-00000007")])
+    found = Watcher(run).look()
+    assert (found.checkpoint, found.checkpoint_age) == (7, None)
+    assert row(found)[9] == "7"
+
+
 def test_the_share_of_the_gpus_peak_is_that_of_the_plan(run):
     (run / "environment.json").write_text(json.dumps({"gpu": "NVIDIA H100 80GB HBM3"}))
     found = Watcher(run).look()
