@@ -52,29 +52,36 @@ def host_ms(function: Callable, calls: int = 7) -> float:
     return statistics.median(taken) * 1e3
 
 
-def median_ms(function: Callable, rep: float) -> float:
-    """Median over about `rep` milliseconds of calls, at least 3 and at most 200, of the device's time, the L2 cache cold.
+def in_turn_ms(functions: list[Callable], rep: float) -> list[float]:
+    """Each one's median over about `rep` milliseconds of calls, 3 to 200, of the device's time, the L2 cache cold.
 
-    Before each call the device is kept writing for longer than the host needs to launch it, as in a training step, whose queue
-    is full: short calls are not timed by Python. (A call that waits for the device still is.)
+    The functions are called in turn, so that a card that slows down as it warms slows all of them alike. Before each call
+    the device is kept writing for longer than the host needs to launch it, as in a training step, whose queue is full: short
+    calls are not timed by Python. (A call that waits for the device still is.)
     """
     cache = torch.empty(FLUSH, dtype=torch.int8, device="cuda")
 
-    def timed(count: int, writes: int) -> list[float]:
-        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(count)]
-        for before, after in events:
-            for _ in range(writes):
-                cache.zero_()
-            before.record()
-            function()
-            after.record()
+    def timed(rounds: int, writes: int) -> list[list[float]]:
+        events = [[[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(rounds)] for _ in functions]
+        for i in range(rounds):
+            for function, pairs in zip(functions, events, strict=True):
+                for _ in range(writes):
+                    cache.zero_()
+                pairs[i][0].record()
+                function()
+                pairs[i][1].record()
         torch.cuda.synchronize()
-        return [before.elapsed_time(after) for before, after in events]
+        return [[before.elapsed_time(after) for before, after in pairs] for pairs in events]
 
-    function()
-    writes = 1 + math.ceil(host_ms(function) / FLUSH_MS)
-    once = timed(1, writes)[0]
-    return statistics.median(timed(min(200, max(3, int(rep / once))), writes))
+    for function in functions:
+        function()
+    writes = 1 + math.ceil(max(map(host_ms, functions)) / FLUSH_MS)
+    once = max(times[0] for times in timed(1, writes))
+    return [statistics.median(times) for times in timed(min(200, max(3, int(rep / once))), writes)]
+
+
+def median_ms(function: Callable, rep: float) -> float:
+    return in_turn_ms([function], rep)[0]
 
 
 def both_ways(contender: Contender, sample: Sample) -> Callable:
@@ -108,10 +115,11 @@ def measure(contender: Contender, sample: Sample, rep: float) -> dict:
 
 
 def rows_of(sample: Sample, rows: list[Contender], run: int, rep: float, judged: dict) -> Iterator[dict]:
-    """Every contender's row; ratios are to this run's own baselines."""
+    """Every contender's row; ratios are to this run's own baselines, for SSA to cuDNN's calls between its own."""
     jaccard, back = overlap(sample.selected("none"))
     shared = {"run": run, "shape": sample.name, "selection": sample.kind, "jaccard": jaccard, "blocks_back": back}
     base: dict[str, dict] = {}
+    calls: dict[str, Callable] = {}
     for contender in rows:
         row, key = shared | {"what": contender.what}, (sample.name, sample.kind, contender.what)
         try:
@@ -122,11 +130,15 @@ def rows_of(sample: Sample, rows: list[Contender], run: int, rep: float, judged:
         except Exception as problem:  # a refusal is a result
             row["note"] = f"refused: {type(problem).__name__}: {' '.join(str(problem).split())[:120]}"
         base[contender.what] = row
+        calls[contender.what] = both_ways(contender, sample)
         for name in ("cudnn", "flash"):
             for way in ("forward", "both"):
                 ours, theirs = row.get(f"{way}_ms"), base.get(f"SDPA {name}", {}).get(f"{way}_ms")
                 if ours and theirs:
                     row[f"{way}_to_{name}"] = ours / theirs
+        if contender.truth == "ssa" and "both_to_cudnn" in row:
+            ours, theirs = in_turn_ms([calls[contender.what], calls["SDPA cudnn"]], 4 * rep)
+            row["both_to_cudnn"] = ours / theirs
         yield row
     if "SSA, trunk full" in base and sample.kind == "random":
         forward, backward = (median_ms(f, rep) for f in gate_and_loss(sample))

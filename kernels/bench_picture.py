@@ -1,13 +1,17 @@
 """Time and memory against sequence length, as one SVG file of two log-log panels, written by hand: no library draws it.
 
+`kernels.bench --picture` draws what it has measured; `python -m kernels.bench_picture ROWS.csv OUT.svg` the rows of a file.
 Colours are fixed and the paper is white, so that it reads the same on light and dark pages; its first lines say what was
 measured, on what and when. It draws what it is given and leaves out lengths that a contender did not run.
 """
 
+import argparse
+import csv
 import math
 import statistics
 from collections.abc import Iterable, Iterator
 from html import escape
+from pathlib import Path
 
 LINES = {  # contender -> (colour, legend)
     "SDPA flash": ("#9a9a9a", "full attention, SDPA flash"),
@@ -93,3 +97,27 @@ def legend() -> Iterator[str]:
         x += 34 + 5.3 * len(text)
     for _, right, _, _ in PANELS:
         yield f"<text x='{right}' y='{BOTTOM + 34}' font-size='11' text-anchor='end' fill='#555'>tokens, log scale</text>"
+
+
+def read(path: Path) -> tuple[list[dict], dict]:
+    """(rows, common) as `draw` takes them, from a CSV file of the benchmark; an empty cell is a column that the row lacks."""
+    with path.open(newline="") as file:
+        found = list(csv.DictReader(file))
+    rows = [
+        {"shape": row["shape"], "what": row["what"], "note": row["note"]}
+        | {column: float(row[column]) for _, _, column, _ in PANELS if row[column]}
+        for row in found
+    ]
+    return rows, found[0]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m kernels.bench_picture", description=__doc__)
+    parser.add_argument("rows", type=Path, help="what `kernels.bench --picture --out` wrote")
+    parser.add_argument("picture", type=Path, help="the SVG file to write")
+    a = parser.parse_args()
+    a.picture.write_text(draw(*read(a.rows)))
+
+
+if __name__ == "__main__":
+    main()

@@ -50,7 +50,7 @@ class Config(NamedTuple):
 TABLE = {
     64: Config(),
     128: Config(
-        stat_rows=64,
+        stat_warps=8,
         sparse_keys=64, sparse_warps=2, dq_keys=32, dq_warps=2, dkv_rows=64, dkv_warps=4, dkv_stages=2,
         dense_forward=(64, 64, 4, 3), dense_dq=(128, 64, 8, 3), dense_dkv=(64, 64, 4, 2),
     ),
