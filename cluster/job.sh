@@ -24,7 +24,7 @@ ssa_host() {
 #   128+    INT, USR1, USR2 or TERM came a second time: somebody is in a hurry
 #   other   a crash that the launcher could not mend, or a lost node: requeue while there is progress, at most 3 times without
 ssa_job() {
-    local run=$1 job=$SLURM_JOB_ID child code=75
+    local run=$1 job=$SLURM_JOB_ID child code=75 from
     shift
     if [[ $ssa_asked -eq 0 ]]; then
         "$@" &
@@ -63,7 +63,8 @@ ssa_job() {
         echo "job: told to end, so not requeued; submit it again to go on"
         return "$code"
     fi
-    echo "job: requeued, to go on from $(ssa_latest "$run")"
+    from=$(ssa_latest "$run")
+    echo "job: requeued, to go on from ${from:-the beginning}"
     # A task of an array by its place in it: one of the tasks has the array's own number, and requeueing that restarts them all.
     [[ -z ${SLURM_ARRAY_JOB_ID:-} ]] || job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
     scontrol requeue "$job" || echo "job: SLURM does not requeue it; sbatch the same script again to go on"

@@ -113,7 +113,7 @@ def doctor(
     port: Annotated[int, typer.Option(min=1, max=65535, help="of the rendezvous")] = 29500,
     host: Annotated[list[str] | None, typer.Option(help="another machine whose name must resolve; repeat")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object instead of the page")] = False,
-    timeout: Annotated[float, typer.Option(min=1, help="seconds to wait for the other ranks")] = 60,
+    timeout: Annotated[float, typer.Option(min=1, max=86400, help="seconds to wait for the other ranks")] = 60,
 ) -> None:
     """Is this machine, or with --cluster all of them, fit to train: OK, WARN, FAIL, and the remedy. Exit code 7 for a FAIL."""
     from ssa_megatron.doctor.command import doctor as examine

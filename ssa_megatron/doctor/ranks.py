@@ -31,7 +31,8 @@ def _from_slurm() -> None:
             os.environ.get("SLURM_STEP_NODELIST") or os.environ["SLURM_JOB_NODELIST"]
         )
     tasks = os.environ.get("SLURM_STEP_TASKS_PER_NODE", "1").partition("(")[0].partition(",")[0]
-    os.environ.setdefault("MASTER_PORT", str(20000 + int(os.environ.get("SLURM_JOB_ID", "0")) % 20000))
+    # not the port of a launch in this job, and below those of outgoing connections (from 32768 up), one of which may have it
+    os.environ.setdefault("MASTER_PORT", str(10000 + (int(os.environ.get("SLURM_JOB_ID", "0")) + 10000) % 20000))
     os.environ.update(
         RANK=os.environ["SLURM_PROCID"],
         WORLD_SIZE=os.environ["SLURM_STEP_NUM_TASKS"],

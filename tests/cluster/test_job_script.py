@@ -59,6 +59,7 @@ def test_crashes_are_counted_from_the_newest_checkpoint_and_by_job(tmp_path):
     """Once by SLURM's count of restarts: after three time limits a long run's first crash was its last."""
     run = tmp_path / "run"
     assert crashes(run, 4) == [True, True, True, False]
+    assert (run / "logs" / "crashes").read_text() == "4 7 \n"
     (run / "checkpoints").mkdir()
     (run / "checkpoints" / "latest").write_text("step-00000010\n")
     assert crashes(run, 4) == [True, True, True, False]

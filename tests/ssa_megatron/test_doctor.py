@@ -300,12 +300,17 @@ def test_a_batch_script_is_no_step_and_is_told_to_use_srun(monkeypatch):
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
     monkeypatch.setattr(os, "environ", dict(os.environ))  # it completes them
     ranks.find()
-    assert [os.environ[name] for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")] == [
-        "0",
-        "2",
-        "n1",
-        "20007",
-    ]
+    found = [os.environ[name] for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")]
+    assert found == ["0", "2", "n1", "20007"]
+
+
+@pytest.mark.parametrize("job", ["0", "7", "10007", "19999", "4000000000"])
+def test_the_port_under_srun_is_none_that_a_connection_may_have_been_given_nor_a_launchs(monkeypatch, job):
+    environment = {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_JOB_ID": job, "SLURM_STEP_NODELIST": "n1"}
+    monkeypatch.setattr(os, "environ", {**environment, "SLURM_STEP_NUM_TASKS": "1", "PATH": "/nowhere"})
+    ranks.find()
+    assert 10000 <= int(os.environ["MASTER_PORT"]) < 30000
+    assert int(os.environ["MASTER_PORT"]) != 10000 + int(job) % 20000
 
 
 def free_port() -> int:
