@@ -23,6 +23,7 @@ from pipelines.documents import as_documents
 from pipelines.errors import CorpusError, TokenizerError
 from pipelines.sources import Sources
 
+SAMPLE_BYTES, CHARACTER_COVERAGE = 64 << 20, 0.9995  # what a tokenizer is trained with by default
 _SPACE_MARK = "\u2581"  # SentencePiece's own mark for a space; in a document it must not turn into one
 _LONGEST_LINE = 4000  # bytes; SentencePiece drops training sentences over max_sentence_length in silence
 _SEGMENT = 1 << 16  # characters handed to SentencePiece at once: its memory grows with about 100 bytes a character
@@ -226,8 +227,8 @@ def train_tokenizer(
     *,
     vocab_size: int,
     model_type: str = "bpe",
-    sample_bytes: int = 64 << 20,
-    character_coverage: float = 0.9995,
+    sample_bytes: int = SAMPLE_BYTES,
+    character_coverage: float = CHARACTER_COVERAGE,
     text_field: str = "text",
     seed: int = 0,
 ) -> Tokenizer:
@@ -236,12 +237,24 @@ def train_tokenizer(
     documents_or_sources: names of text (sources.py), or any other iterable of documents (strings); it may exceed memory.
     vocab_size: pieces in all, of which 3 are marks (`<unk>` 0, `<s>` 1, `</s>` 2), 1 is the newline and 256 are bytes.
     model_type: "bpe" or "unigram".
-    sample_bytes: most text to learn from; of a larger corpus lines are drawn evenly from all of it, by `seed`.
-    character_coverage: share of the characters seen that get a piece of their own; the rest is spelt in bytes.
-    Raises CorpusError for an unreadable or empty corpus, TokenizerError for a vocab_size that cannot be had.
+    sample_bytes: most text to learn from, 64 MiB by default; of a larger corpus lines are drawn evenly from all of it, by
+        `seed`. Training holds several times as much in memory.
+    character_coverage: share of the characters seen that get a piece of their own, 0.98 to 1; the rest is spelt in bytes.
+    Raises CorpusError for an unreadable or empty corpus, TokenizerError for a vocab_size that cannot be had and for settings
+    that are none; the corpus is not read then.
     """
     if model_type not in ("bpe", "unigram"):
         raise TokenizerError(f"model_type {model_type!r} is not known", remedy="use 'bpe' or 'unigram'")
+    if sample_bytes < 1:
+        raise TokenizerError(
+            f"sample_bytes {sample_bytes}: nothing to learn from",
+            remedy=f"use 1 or more; {SAMPLE_BYTES} is the default",
+        )
+    if not 0.98 <= character_coverage <= 1:  # SentencePiece's own limits; NaN is outside of them
+        raise TokenizerError(
+            f"character_coverage {character_coverage}: not in 0.98..1",
+            remedy=f"use {CHARACTER_COVERAGE}, 1.0 for a small alphabet, or less for one of many rare characters",
+        )
     lines = _sample_lines(as_documents(documents_or_sources, text_field=text_field), sample_bytes, seed)
     if not lines:
         raise CorpusError("the tokenizer's corpus holds no text", remedy="point at a corpus that is not empty")

@@ -293,13 +293,27 @@ def tokenizer_train(
     out: Annotated[Path, typer.Option(help="model file to write")],
     vocab_size: Annotated[int, typer.Option(min=300)],
     model_type: Annotated[str, typer.Option(help="bpe or unigram")] = "bpe",
+    sample_bytes: Annotated[
+        int, typer.Option(help="most text to learn from, drawn evenly from all of a larger corpus")
+    ] = 64 << 20,
+    character_coverage: Annotated[
+        float, typer.Option(help="share of the characters, 0.98 to 1, that get pieces; the rest is spelt in bytes")
+    ] = 0.9995,
+    seed: Annotated[int, typer.Option(help="draws the sample")] = 0,
     text_field: Annotated[str, typer.Option(help="field of JSON lines that holds the text")] = "text",
 ) -> None:
-    """Train a SentencePiece model with byte fallback on a sample of the sources."""
+    """Train a SentencePiece model with byte fallback on a sample of the sources, which may exceed memory."""
     import pipelines
 
     tokenizer = pipelines.train_tokenizer(
-        sources, out, vocab_size=vocab_size, model_type=model_type, text_field=text_field
+        sources,
+        out,
+        vocab_size=vocab_size,
+        model_type=model_type,
+        sample_bytes=sample_bytes,
+        character_coverage=character_coverage,
+        text_field=text_field,
+        seed=seed,
     )
     print(f"{tokenizer.vocab_size} pieces -> {out} ({tokenizer.fingerprint[:12]})")
 

@@ -6,8 +6,10 @@ import time
 
 import pytest
 import sentencepiece
+from typer.testing import CliRunner
 
 from pipelines import CorpusError, Tokenizer, TokenizerError, train_tokenizer
+from ssa_megatron import cli
 
 ODD = [
     "",
@@ -116,6 +118,37 @@ def test_training_samples_evenly_from_a_stream_larger_than_its_budget(tmp_path):
     tokenizer = train_tokenizer(stream, tmp_path / "t.model", vocab_size=278, sample_bytes=20_000)
     for word in (" early", " later"):
         assert len(tokenizer.encode([word])[0]) == 1
+
+
+def test_the_command_line_sets_how_much_is_learnt_from_and_which_characters_get_pieces(tmp_path, documents):
+    corpus, out = tmp_path / "corpus.txt", tmp_path / "t.model"
+    corpus.write_text("\n".join(documents[:30]) + "\n中\n")  # one character of 100,000
+
+    def train(*options: str) -> Tokenizer:
+        command = ["tokenizer", "train", str(corpus), "--out", str(out), "--vocab-size", "400", *options]
+        assert CliRunner().invoke(cli.app, command, catch_exceptions=False).exit_code == 0
+        return Tokenizer.load(out)
+
+    assert len(train("--character-coverage", "1.0").encode(["中"])[0]) == 1
+    everything = train()
+    assert len(everything.encode(["中"])[0]) == 3  # spelt in bytes
+    a, again, other = (train("--sample-bytes", "20000", "--seed", seed) for seed in "112")
+    assert a.fingerprint == again.fingerprint
+    assert len({a.fingerprint, other.fingerprint, everything.fingerprint}) == 3
+
+
+@pytest.mark.parametrize("value", ["0", "-5"])
+def test_a_sample_of_nothing_is_refused_before_the_corpus_is_read(tmp_path, value):
+    command = ["tokenizer", "train", str(tmp_path), "--out", str(tmp_path / "t"), "--vocab-size", "300"]
+    with pytest.raises(TokenizerError, match=f"sample_bytes {value}: nothing to learn from"):
+        CliRunner().invoke(cli.app, [*command, "--sample-bytes", value], catch_exceptions=False)
+
+
+@pytest.mark.parametrize("value", ["0.9", "1.5", "nan"])
+def test_a_character_coverage_that_sentencepiece_refuses_is_named_with_its_range(tmp_path, value):
+    command = ["tokenizer", "train", str(tmp_path), "--out", str(tmp_path / "t"), "--vocab-size", "300"]
+    with pytest.raises(TokenizerError, match=rf"character_coverage {value}: not in 0\.98\.\.1"):
+        CliRunner().invoke(cli.app, [*command, "--character-coverage", value], catch_exceptions=False)
 
 
 def test_training_learns_from_lines_longer_than_sentencepiece_accepts(tmp_path):
