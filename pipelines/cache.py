@@ -1,8 +1,8 @@
 """Files of remote datasets, brought to a folder of this machine: checked, shared by its processes, and kept under a limit.
 
 A file is in the cache whole and with its sha256 right, or not at all. What may pass (a lost connection, a busy or stalled
-server, a garbled transfer) is tried again with growing pauses for as long as patience lasts; what cannot (no such object,
-no access, wrong contents twice) is a ShardError at once. Nothing but files of ours is ever removed.
+server, a garbled transfer) is tried again with growing pauses for as long as patience lasts (patience.py); what cannot (no
+such object, no access, wrong contents twice) is a ShardError at once. Nothing but files of ours is ever removed.
 """
 
 import errno
@@ -21,10 +21,11 @@ from typing import NamedTuple
 from pipelines import storage
 from pipelines.checks import check_bytes, check_sha256
 from pipelines.errors import DatasetError, ShardError
-from pipelines.prefetch import within
+from pipelines.patience import PATIENCE, Arrival, Patience
+from pipelines.prefetch import start
 
 _LOCKS = 64  # lock files in a cache folder; never removed, because a lock on a removed file keeps nobody out
-_FIRST_PAUSE, _LONGEST_PAUSE = 0.25, 15.0  # seconds
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.25, 5.0  # seconds; no longer, since a pause may go on when the patience begins to run
 _OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS)
 _FOR_GOOD = {"403", "404", "AccessDenied", "NoSuchKey", "NoSuchBucket", "InvalidAccessKeyId", "SignatureDoesNotMatch"}
 
@@ -35,12 +36,13 @@ class Access(NamedTuple):
     cache: folder for their files, `~/.cache/ssa-megatron` by default; processes and jobs may share it.
     cache_limit: bytes the shards in it may take, beside those just being fetched; None is no limit. The least recently
         used go first.
-    patience: seconds of trouble with one file (no connection, errors, silence) after which it is an error.
+    patience: seconds of trouble with one file (no connection, errors, silence) after which it is an error; only those
+        count in which somebody waits and nothing comes.
     """
 
     cache: str | Path | None = None
     cache_limit: int | None = None
-    patience: float = 120.0
+    patience: float = PATIENCE
 
     @property
     def root(self) -> Path:
@@ -58,11 +60,15 @@ class Wanted(NamedTuple):
 
 
 class Cache:
-    """The files of one remote dataset in one folder of this machine."""
+    """The files of one remote dataset in one folder of this machine.
 
-    def __init__(self, remote: str, folder: Path, access: Access):
-        self.remote, self.folder, self._access = remote.rstrip("/"), folder, access
-        self._root = access.root.expanduser()
+    patience: the clock of whoever waits for them; by default the caller of `fetch` does.
+    """
+
+    def __init__(self, remote: str, folder: Path, access: Access, patience: Patience | None = None):
+        self.remote, self.folder, self._limit = remote.rstrip("/"), folder, access.cache_limit
+        self._root, self._parts = access.root.expanduser(), folder / ".parts"
+        self._patience = patience or Patience(access.patience)
 
     def fetch(self, wanted: Wanted) -> Path:
         """The file, unpacked if it is compressed, on this machine. Raises ShardError or DatasetError, naming it."""
@@ -70,10 +76,10 @@ class Cache:
         if _is_there(target, wanted):
             return target
         try:
-            with self._locked(wanted.name):
+            with self._locked(wanted.name) as since:
                 if not _is_there(target, wanted):
-                    self._clean(target)
-                    self._bring(wanted, target)
+                    self._clean(wanted.name)
+                    self._bring(wanted, target, since)
         except OSError as error:
             raise DatasetError(
                 f"{target}: cannot be written ({error.strerror or error}); {wanted.name} of {self.remote} goes there",
@@ -81,18 +87,19 @@ class Cache:
             ) from error
         return target
 
-    def _bring(self, wanted: Wanted, target: Path) -> None:
+    def _bring(self, wanted: Wanted, target: Path, since: float) -> None:
         url = storage.join(self.remote, wanted.name)
-        target.parent.mkdir(parents=True, exist_ok=True)
+        for needed in (target.parent, self._parts):
+            needed.mkdir(parents=True, exist_ok=True)
         if wanted.unpacked:
             self._make_room(wanted.size + wanted.unpacked.size)
         elif target.suffix == ".mds":
             self._make_room(wanted.size)
         damaged = False
         while True:
-            part = target.with_name(f"{target.name}.{uuid.uuid4().hex}.part")
+            part = self._parts / f"{_flat(wanted.name)}.{uuid.uuid4().hex}.part"
             try:
-                _download(url, part, self._access.patience)
+                _download(url, part, self._patience, since)
                 data = part.read_bytes()
                 check_bytes(url, data, wanted.size, wanted.sha256)
                 if wanted.unpacked:
@@ -111,7 +118,7 @@ class Cache:
                     part.unlink()
 
     def _make_room(self, need: int) -> None:
-        limit = self._access.cache_limit
+        limit = self._limit
         if limit is not None:
             if need > limit:
                 raise DatasetError(
@@ -138,30 +145,33 @@ class Cache:
                 stat = path.stat()
                 yield stat.st_mtime, stat.st_size, path
 
-    def _clean(self, target: Path) -> None:
+    def _clean(self, name: str) -> None:
         """Removes what a process that died while it held this file's lock has left."""
-        for path in target.parent.glob(f"{target.name}.*.part*"):
+        for path in self._parts.glob(f"{_flat(name)}.*.part*"):
             with suppress(OSError):
                 path.unlink()
 
     @contextmanager
-    def _locked(self, name: str) -> Iterator[None]:
-        """Only one process, and one thread of it, brings a file; the kernel drops the lock with its owner."""
+    def _locked(self, name: str) -> Iterator[float]:
+        """Only one process brings a file; the kernel drops the lock with its owner. Yields since when nothing has come."""
         locks = self.folder / ".locks"
         locks.mkdir(parents=True, exist_ok=True)
-        end = time.monotonic() + self._access.patience + 5
+        since, arrival = time.monotonic(), None
         with open(locks / str(sum(name.encode()) % _LOCKS), "a") as lock:
             while True:
                 try:
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     break
                 except BlockingIOError:
-                    if time.monotonic() > end:
-                        raise ShardError(
-                            storage.join(self.remote, name), "another process of this machine is at it and does not end"
-                        ) from None
+                    arrival = arrival or Arrival(self._parts, "", self._patience)  # some files share a lock
+                    if arrival.seen():
+                        since = time.monotonic()
+                    if self._patience.left(since) <= 0:
+                        url, seconds = storage.join(self.remote, name), self._patience.seconds
+                        said = "another process of this machine is at it, and nothing comes"
+                        raise ShardError(url, f"not to be had within {seconds:g} s ({said})", remedy=_REACH) from None
                     time.sleep(0.02)
-            yield
+            yield since
 
 
 @functools.cache
@@ -178,30 +188,79 @@ os.register_at_fork(after_in_child=_downloader.cache_clear)
 def read_remote(url: str, access: Access) -> bytes:
     """The contents of a small remote file that nothing is known of yet. Raises ShardError when it cannot be had."""
     with tempfile.TemporaryDirectory() as folder:
-        _download(url, Path(folder, "file"), access.patience)
-        return Path(folder, "file").read_bytes()
+        part = Path(folder, "file.part")
+        _download(url, part, Patience(access.patience), time.monotonic())
+        return part.read_bytes()
 
 
-def _download(url: str, target: Path, patience: float) -> None:
-    """Brings one object to `target`. Raises ShardError, with a cause, when it cannot be had, OSError for a full disk."""
-    end, pause = time.monotonic() + patience, _FIRST_PAUSE
+def _download(url: str, target: Path, patience: Patience, since: float) -> None:
+    """Brings one object to `target`. Raises ShardError, with a cause, when it cannot be had, OSError for a full disk.
+
+    since: when it was first wanted, or something of it last came, by the clock of time.monotonic().
+    """
+    arrival, pause, said, number = Arrival(target.parent, target.stem, patience), _FIRST_PAUSE, "no answer", 0
     while True:
-        left = max(end - time.monotonic(), 0.1)
+        number += 1
+        attempt = _Attempt(
+            url, Path(f"{target}.{number}"), patience.seconds / 2
+        )  # of silence; so there is time for two
         try:
-            silence = min(patience, storage.READ_SECONDS)
-            within(left, _downloader(url.split("://")[0]).download, url, str(target), silence)
+            while not attempt.is_over():
+                if arrival.seen():
+                    since = attempt.moved = time.monotonic()
+                if patience.left(since) <= 0:
+                    raise TimeoutError
+            attempt.path.rename(target)
             return
         except Exception as error:  # every store's library has errors of its own
+            attempt.give_up()
             if isinstance(error, OSError) and error.errno in _OF_THE_DISK:
                 raise
             code = getattr(error, "response", {}).get("Error", {}).get("Code")
-            said = "no answer" if isinstance(error, TimeoutError) else str(error) or type(error).__name__
+            if not isinstance(error, TimeoutError):
+                said = str(error) or type(error).__name__
             if code in _FOR_GOOD or isinstance(error, FileNotFoundError):
                 raise ShardError(url, f"not there, or no access ({code}: {said})", remedy=_REACH) from error
-            if time.monotonic() + pause >= end:
-                raise ShardError(url, f"not to be had within {patience:g} s ({said})", remedy=_REACH) from error
+            if patience.left(since) <= pause:
+                raise ShardError(url, f"not to be had within {patience.seconds:g} s ({said})", remedy=_REACH) from error
         time.sleep(pause * random.uniform(0.5, 1))  # ranks that failed together do not come back together
         pause = min(2 * pause, _LONGEST_PAUSE)
+
+
+class _Attempt:
+    """One download to a file of its own, by a thread that may hang; given up, it leaves nothing when it ends after all.
+
+    silence: seconds in which nothing comes, after which `is_over` raises TimeoutError.
+    """
+
+    def __init__(self, url: str, path: Path, silence: float):
+        self.path, self.moved = path, time.monotonic()
+        self._url, self._silence, self._given_up = url, silence, False
+        self._future = start(self._run)
+
+    def is_over(self) -> bool:
+        """Whether the file is there, after a moment's wait. Raises what the download raised."""
+        try:
+            self._future.result(0.1)
+            return True
+        except TimeoutError:
+            if self._future.done() or time.monotonic() - self.moved > self._silence:
+                raise
+            return False
+
+    def give_up(self) -> None:
+        self._given_up = True
+        self.path.unlink(missing_ok=True)
+
+    def _run(self) -> None:
+        _downloader(self._url.split("://")[0]).download(self._url, str(self.path), self._silence)
+        if self._given_up:
+            self.path.unlink(missing_ok=True)
+
+
+def _flat(name: str) -> str:
+    """A file's name in a dataset as that of a file in one folder."""
+    return name.replace("/", "-")
 
 
 def _unpack(url: str, data: bytes, wanted: Wanted) -> bytes:

@@ -16,7 +16,7 @@ from typing import BinaryIO, NamedTuple
 from pipelines.errors import CorpusError
 from pipelines.king_james import demo_documents
 from pipelines.sources import KING_JAMES, InputFile, Sources, input_files
-from pipelines.storage import is_remote, open_binary
+from pipelines.storage import ACCESS, is_remote, open_binary
 
 _SKIP = 1 << 20  # bytes decompressed and dropped at a time
 
@@ -190,9 +190,14 @@ def _parquet(file: InputFile, form: Format, begin: int, end: int | None) -> Iter
                 for batch in table.iter_batches(256, row_groups=[group], columns=[field], use_threads=False):
                     yield from ((group, text or "") for text in batch.column(0).to_pylist())
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise CorpusError(
-            f"{file.path}: cannot be read ({error})", remedy="restore the file, or leave it out"
-        ) from error
+        raise _unreadable(file, error) from error
+
+
+def _unreadable(file: InputFile, error: Exception) -> CorpusError:
+    remedy = "restore the file, or leave it out"
+    if is_remote(file.path) and type(error) is OSError:  # the store's trouble, not the file's
+        remedy = ACCESS
+    return CorpusError(f"{file.path}: cannot be read ({error})", remedy=remedy)
 
 
 def _decode(data: bytes, place: int) -> str:
@@ -220,10 +225,6 @@ def _line_of(file: InputFile, place: int) -> int:
 def _opened(file: InputFile) -> Iterator[BinaryIO]:
     """The file's bytes, decompressed; any damage found on the way becomes a CorpusError that names it."""
     faults: tuple[type[Exception], ...] = (OSError, EOFError, zlib.error)
-    if is_remote(file.path):
-        from botocore.exceptions import BotoCoreError, ClientError
-
-        faults += (BotoCoreError, ClientError)
     if file.compression == ".zst":
         from backports import zstd  # says when a file ends too early; `zstandard` and `zstd` end it in silence
 
@@ -241,6 +242,4 @@ def _opened(file: InputFile) -> Iterator[BinaryIO]:
             else:
                 yield raw
     except faults as error:
-        raise CorpusError(
-            f"{file.path}: cannot be read ({error})", remedy="restore the file, or leave it out"
-        ) from error
+        raise _unreadable(file, error) from error

@@ -44,15 +44,9 @@ class DaemonPool:
             del call, future, arguments
 
 
-def within(seconds: float, function: Callable, *arguments: Any) -> Any:
-    """function(*arguments), or TimeoutError when it takes longer; what hangs goes on in a daemon thread."""
-    future: Future = Future()
-
-    def call() -> None:
-        try:
-            future.set_result(function(*arguments))
-        except BaseException as error:
-            future.set_exception(error)
-
-    threading.Thread(target=call, daemon=True).start()
-    return future.result(seconds)
+def start(function: Callable, *arguments: Any) -> Future:
+    """The future result of function(*arguments), called by a daemon thread of its own, which may hang for good."""
+    pool = DaemonPool(1, "call")
+    future = pool.submit(function, *arguments)
+    pool.close(0)
+    return future

@@ -15,6 +15,7 @@ from pipelines.dataset import DatasetInfo, load_dataset_info
 from pipelines.errors import DatasetError, DatasetMismatch
 from pipelines.mixture import Mixture, Origin, Phase
 from pipelines.order import SHUFFLE_BLOCK, RunOrder, window_rows
+from pipelines.patience import Patience
 from pipelines.shards import RowReader
 
 Location = str | Path
@@ -51,6 +52,7 @@ def open_sources(sources: Location | Mapping[str, Location], access: Access | No
 class RunRows:
     """The rows of a run over one or several sources.
 
+    patience: the clock of whoever waits for rows; see RowReader.
     phases: weights of the sources by tokens of the run; by default each source in proportion to its rows. Row
     `position` of the run is `place(position)`, and `read(position)` reads it.
     """
@@ -65,10 +67,11 @@ class RunRows:
         shuffle: bool,
         shuffle_block: int = SHUFFLE_BLOCK,
         access: Access | None = None,
+        patience: Patience | None = None,
     ):
         self.infos, self.names, self._seed = infos, list(infos), seed
         self.row_length = next(iter(infos.values())).row_length
-        self.readers = [RowReader(info, split, access) for info in infos.values()]
+        self.readers = [RowReader(info, split, access, patience=patience) for info in infos.values()]
         for reader in self.readers:
             _check_cache(reader, shuffle_block if shuffle else None, access)
         self.orders = [

@@ -8,7 +8,9 @@ no shared memory and no processes, so there is nothing for a killed job to leave
 import contextlib
 import fcntl
 import json
+import threading
 import time
+from concurrent.futures import Future
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +22,7 @@ from pipelines.checks import check_bytes, check_sha256, check_size
 from pipelines.dataset import DatasetInfo
 from pipelines.errors import DatasetError, ShardError
 from pipelines.packing import from_sample
+from pipelines.patience import Patience
 
 # streaming.StreamingDataset ends an epoch early without a word when a shard is missing or damaged (0.13.0), and keeps
 # its epoch in /dev/shm objects that survive kill -9; its readers, one layer below, raise and keep nothing.
@@ -31,16 +34,21 @@ class RowReader:
     """The rows of one split, by number.
 
     Raises ShardError: on opening, if the index or a local shard is missing or of the wrong size; on reading a damaged row
-    or a remote shard that cannot be had. `doing` says what a read that takes long is waiting for.
+    or a remote shard that cannot be had. `doing` says what a read that takes long is waiting for, "" while there is none.
+    patience: the clock of whoever waits for rows; by default the caller of `read` does.
     """
 
-    def __init__(self, info: DatasetInfo, split: str, access: Access | None = None):
+    def __init__(
+        self, info: DatasetInfo, split: str, access: Access | None = None, *, patience: Patience | None = None
+    ):
         from streaming.base.format import reader_from_json  # imports torchvision and more: seconds
         from streaming.base.spanner import Spanner
 
         self.info, self.split, self._name = info, info.split(split), split
         self.folder = info.path / split
-        self._cache = Cache(info.remote, info.path, access or Access()) if info.remote else None
+        access = access or Access()
+        self._patience = patience or Patience(access.patience)
+        self._cache = Cache(info.remote, info.path, access, self._patience) if info.remote else None
         stored = self.split.files
         if self._cache:
             index = stored["index.json"]
@@ -59,7 +67,9 @@ class RowReader:
                 check_size(self.folder / name, file.bytes)
         self._spanner = Spanner(self.rows_per_shard)
         self._good_until = [0.0 if self._cache or shard.compression else float("inf") for shard in self._shards]
-        self.doing = "nothing"
+        self.doing = ""
+        self._coming: dict[int, Future] = {}  # shards that a thread of ours is fetching
+        self._coming_lock = threading.Lock()
 
     @property
     def is_direct(self) -> bool:
@@ -82,9 +92,16 @@ class RowReader:
     def read(self, row: int) -> tuple[NDArray, NDArray, NDArray]:
         """(tokens [row_length], starts, documents [documents]) of row number `row`, unsigned and read-only."""
         shard_id, index = self._spanner[row]
+        self._patience.alive()
+        self.doing = f"shard {self._shown(shard_id)}"
+        try:
+            return self._read(shard_id, index)
+        finally:
+            self.doing = ""
+
+    def _read(self, shard_id: int, index: int) -> tuple[NDArray, NDArray, NDArray]:
         shard = self._shards[shard_id]
         path = self.folder / shard.raw_data.basename
-        self.doing = f"shard {self._shown(shard_id)}"
         for attempt in range(3):
             self._ensure(shard_id)
             try:
@@ -103,11 +120,29 @@ class RowReader:
             return
         shard = self._shards[shard_id]
         if self._cache:
-            self._cache.fetch(self._wanted(shard))
+            self._fetch(shard_id)
             self._good_until[shard_id] = time.monotonic() + _STILL_THERE_SECONDS
         else:
             self._decompress(shard, self.folder / shard.raw_data.basename)
             self._good_until[shard_id] = float("inf")
+
+    def _fetch(self, shard_id: int) -> None:
+        """Has the cache bring a shard. Whoever wants one that another thread of ours is fetching shares what becomes of it:
+        it must neither wait a second patience, nor hear of less than the trouble there is."""
+        with self._coming_lock:
+            coming = self._coming.get(shard_id)
+            ours = coming is None
+            if ours:
+                coming = self._coming[shard_id] = Future()
+        if ours:
+            try:
+                coming.set_result(self._cache.fetch(self._wanted(self._shards[shard_id])))
+            except BaseException as error:
+                coming.set_exception(error)
+            finally:
+                with self._coming_lock:
+                    del self._coming[shard_id]
+        coming.result()
 
     def _wanted(self, shard) -> Wanted:
         raw = shard.raw_data

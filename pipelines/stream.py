@@ -20,6 +20,7 @@ from pipelines.errors import DatasetError
 from pipelines.mixture import Phase
 from pipelines.order import SHUFFLE_BLOCK
 from pipelines.packing import doc_starts
+from pipelines.patience import Patience
 from pipelines.position import restore, save
 from pipelines.prefetch import DaemonPool
 from pipelines.rows import Location, Place, RunRows, open_sources
@@ -27,6 +28,7 @@ from pipelines.shards import RowReader
 
 _FETCHERS = 4  # threads that bring shards before they are needed
 _FETCH_AHEAD_ROWS = 4096  # of all ranks
+_GRACE = 5.0  # seconds beyond the patience, in which a fetch that is in trouble says so itself
 
 
 class Rows(NamedTuple):
@@ -78,7 +80,8 @@ class TrainStream:
         self.infos = open_sources(sources, access)
         self.split, self.samples_seen = split, 0
         order = {"seed": seed, "shuffle": shuffle, "shuffle_block": shuffle_block}
-        self.rows = RunRows(self.infos, split, phases=phases, **order, access=access)
+        self._patience = Patience((access or Access()).patience)
+        self.rows = RunRows(self.infos, split, phases=phases, **order, access=access, patience=self._patience)
         self.order = order
         self.changes: list[dict] = []  # what was accepted on the way; see load_state_dict
         self._rows_per_epoch = sum(reader.rows for reader in self.rows.readers)
@@ -86,7 +89,6 @@ class TrainStream:
         self._offset = data_parallel_rank * micro_batch_rows
         self._stride = data_parallel_size * micro_batch_rows
         self._read_ahead = read_ahead
-        self._longest_wait = _longest_wait(access)
         self._thread = DaemonPool(1, "row-reader")
         self._pending: deque[Future[Rows]] = deque()
         slow = any(not reader.is_direct for reader in self.rows.readers)
@@ -117,7 +119,7 @@ class TrainStream:
             self._pending.append(self._thread.submit(self._read, ahead))
         future = self._pending.popleft()
         try:
-            rows = _waited_for(future, self._longest_wait, self.rows.readers)
+            rows = _waited_for(future, self._patience, self.rows.readers)
         except BaseException:
             self._drop_pending()  # asked again, it must read this very position again
             raise
@@ -201,7 +203,8 @@ def evaluation_rows(
             remedy="evaluate on fewer rows, or prepare with a larger validation_fraction",
         )
     ends = [rows * sum(have[: i + 1]) // sum(have) for i in range(len(have))]
-    readers = [RowReader(info, split, access) for info in infos.values()]
+    patience = Patience((access or Access()).patience)
+    readers = [RowReader(info, split, access, patience=patience) for info in infos.values()]
     chosen = [
         (reader, row)
         for reader, begin, end in zip(readers, [0, *ends[:-1]], ends, strict=True)
@@ -214,33 +217,35 @@ def evaluation_rows(
         return _collate([reader.read(row) for reader, row in chosen[begin : begin + micro_batch_rows]], length)
 
     def batches() -> Iterator[Rows]:
-        thread, longest = DaemonPool(1, "row-reader"), _longest_wait(access)
+        thread = DaemonPool(1, "row-reader")
         try:
             for begin in begins:
-                yield _waited_for(thread.submit(read, begin), longest, readers)
+                yield _waited_for(thread.submit(read, begin), patience, readers)
         finally:
             thread.close(0)
 
     return batches()
 
 
-def _longest_wait(access: Access | None) -> float:
-    """Seconds: a fetch ends within twice the patience (another process may be at it first); silence beyond is a hang."""
-    return 2 * (access or Access()).patience + 10
+def _waited_for(future: Future[Rows], patience: Patience, readers: list[RowReader]) -> Rows:
+    """The rows, or a DatasetError that says what the thread reads that has not brought them while patience lasted.
 
-
-def _waited_for(future: Future[Rows], seconds: float, readers: list[RowReader]) -> Rows:
-    """The rows, or a DatasetError that says what the thread reads that has not brought them in this time."""
-    try:
-        return future.result(seconds)
-    except TimeoutError as error:
-        if future.done():  # the read's own
-            raise
-        doing = ", ".join(sorted({reader.doing for reader in readers} - {"nothing"}))
-        raise DatasetError(
-            f"no row came for {seconds:g} s while reading {doing}",
-            remedy="look at the file system or the store this lies on; the same command continues",
-        ) from error
+    A fetch in trouble ends by itself, a little sooner. What is no read (the order of a large epoch) may take its time.
+    """
+    with patience.waiting():
+        while (left := patience.left(patience.moved) + _GRACE) > 0:
+            try:
+                return future.result(min(left, 1.0))
+            except TimeoutError:
+                if future.done():  # the read's own
+                    raise
+            if not any(reader.doing for reader in readers):
+                patience.alive()
+    doing = ", ".join(sorted({reader.doing for reader in readers} - {""}))
+    raise DatasetError(
+        f"no row came for {patience.seconds + _GRACE:g} s while reading {doing}",
+        remedy="look at the file system or the store this lies on; the same command continues",
+    )
 
 
 def _collate(found: list[tuple[np.ndarray, np.ndarray, np.ndarray]], row_length: int) -> Rows:

@@ -13,12 +13,13 @@ from pipelines.checks import check_sha256, check_size
 from pipelines.dataset import DatasetInfo, StoredFile, load_dataset_info
 from pipelines.errors import ShardError
 from pipelines.packing import from_sample
+from pipelines.patience import PATIENCE
 from pipelines.shards import check_index
 
 Progress = Callable[[str, int, int | None], None]
 
 
-def verify(location: str | Path, *, patience: float = 120.0, progress: Progress | None = None) -> dict:
+def verify(location: str | Path, *, patience: float = PATIENCE, progress: Progress | None = None) -> dict:
     """Checks the whole dataset at `location`; writes nothing. A remote one is read shard by shard, and none is kept.
 
     progress: called with ("verifying", bytes checked, bytes in all) after each shard.

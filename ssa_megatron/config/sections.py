@@ -161,8 +161,9 @@ class Data(Section):
     """Folder on a local disk for the shards of remote datasets; ~/.cache/ssa-megatron by default."""
     cache_limit: int | None = Field(None, ge=1)
     """Bytes of shards kept in the cache; none is no limit."""
-    patience: float = Field(120.0, gt=0)
-    """Seconds of trouble with one shard (connection, silence) after which it is an error."""
+    patience: float = Field(20.0, gt=0)
+    """Seconds for which training may stand still over one shard of which nothing comes (no connection, errors, silence), after
+    which that is an error; 5 more for a read that does not end. While rows that were fetched ahead last, nothing counts."""
     accept_changes: str | None = None
     """The reason why a run goes on although data, weights, seed or shuffle differ from its checkpoint's; kept there."""
 

@@ -107,7 +107,7 @@ def test_a_store_that_vanishes_for_good_is_an_error_that_names_the_shard(s3, rem
         remote, access=Access(tmp_path / "cache", patience=PATIENT), micro=1, batch=1, shuffle=False, read_ahead=0
     )
     next(rows)
-    rows.rows.readers[0]._cache._access = Access(tmp_path / "cache", patience=PATIENCE)
+    rows._patience.seconds = PATIENCE
     s3.stop()
     began = time.monotonic()
     with pytest.raises(ShardError, match=rf"not to be had within {PATIENCE} s") as caught:
@@ -132,11 +132,11 @@ def test_a_server_that_says_nothing_is_an_error_and_not_a_hang(tmp_path):
 
 
 def test_a_read_that_never_ends_is_an_error_and_not_a_hang(prepared, monkeypatch):  # noqa: F811
+    monkeypatch.setattr("pipelines.stream._GRACE", 0.5)
     rows = stream(prepared, access=Access(patience=0.5))
-    rows._longest_wait = 1.0
     take(rows, 5)
     never = threading.Event()
-    monkeypatch.setattr(rows.rows, "read", lambda *_: never.wait(60))  # a dead file system
+    monkeypatch.setattr(RowReader, "_read", lambda *_: never.wait(60))  # a dead file system
     began = time.monotonic()
     with pytest.raises(DatasetError, match=r"no row came for 1 s while reading shard .*\.mds"):
         take(rows, 5)
@@ -147,13 +147,13 @@ def test_a_read_that_never_ends_is_an_error_and_not_a_hang(prepared, monkeypatch
 def test_an_evaluation_whose_read_never_ends_is_an_error_and_not_a_hang(prepared, monkeypatch):  # noqa: F811
     layout = {"micro_batch_rows": 1, "data_parallel_rank": 0, "data_parallel_size": 1}
     rows = evaluation_rows(prepared, rows=3, access=Access(patience=0.5), **layout)
-    monkeypatch.setattr("pipelines.stream._longest_wait", lambda _: 1.0)
-    never, read = threading.Event(), RowReader.read
+    monkeypatch.setattr("pipelines.stream._GRACE", 0.5)
+    never, read = threading.Event(), RowReader._read
 
-    def hang(reader, row):
-        return read(reader, row) if row < 2 else never.wait(60)  # a dead file system
+    def hang(reader, shard, index):
+        return read(reader, shard, index) if (shard, index) < (0, 2) else never.wait(60)  # a dead file system
 
-    monkeypatch.setattr(RowReader, "read", hang)
+    monkeypatch.setattr(RowReader, "_read", hang)
     began = time.monotonic()
     assert [len(next(rows).tokens) for _ in range(2)] == [1, 1]
     with pytest.raises(DatasetError, match=r"no row came for 1 s while reading shard .*validation/.*\.mds"):

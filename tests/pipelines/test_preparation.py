@@ -337,7 +337,7 @@ def test_a_store_that_vanishes_while_it_is_written_is_named_and_the_next_attempt
 ):
     out, corpus = "s3://bucket/some/data", tmp_path / "corpus.jsonl"
     corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
-    monkeypatch.setattr(storage, "ATTEMPTS", 1)
+    monkeypatch.setattr(storage, "TROUBLE_SECONDS", 1)
     storage.s3_client.cache_clear()
     options = {"scratch": tmp_path / "scratch", **SETTINGS}
 

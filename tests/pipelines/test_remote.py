@@ -110,8 +110,7 @@ def test_a_cached_index_or_tokenizer_that_the_disk_altered_is_fetched_again(remo
 
 def test_what_a_killed_process_left_half_fetched_is_removed_and_nothing_else_is(remote, tmp_path, prepared):
     info = pipelines.load_dataset_info(remote, access(tmp_path))
-    (info.path / "train").mkdir(exist_ok=True)
-    ours = info.path / "train" / "shard.00000.00000.mds.0123.part.abcd"
+    ours = info.path / ".parts" / "train-shard.00000.00000.mds.0123.part.1.abcd"
     foreign = [info.path / "train" / "notes.txt", tmp_path / "cache" / "another-job" / "file.part"]
     for path in (ours, *foreign):
         path.parent.mkdir(exist_ok=True)

@@ -1,0 +1,166 @@
+"""How long trouble is borne: what counts, what starts the clock anew, and that the default is an error within 30 s."""
+
+import time
+
+import pytest
+
+from pipelines import Access, DatasetError, ShardError, storage
+from pipelines.cache import read_remote
+from pipelines.patience import Patience
+from tests.pipelines.object_store import BUCKET
+from tests.pipelines.relay import relayed
+from tests.pipelines.support import equal, stream, take
+
+LIMIT = 30  # seconds until a fault is an error, with default settings
+IN_ORDER = {"micro": 1, "batch": 1, "shuffle": False}
+
+
+@pytest.fixture
+def url(s3, prepared):
+    return s3.put_folder(prepared, "data")
+
+
+def error_after(rows, found: list) -> tuple[Exception, float]:
+    """Adds the rows that still come to `found`; the error that ends them, and the seconds from the last row to it."""
+    while True:
+        began = time.monotonic()
+        try:
+            found.append(next(rows))
+        except DatasetError as error:
+            return error, time.monotonic() - began
+
+
+@pytest.mark.slow  # 21 s each
+@pytest.mark.parametrize("fault", ["silent", "gone"])
+@pytest.mark.parametrize("read_ahead", [0, 2])
+def test_by_default_a_store_that_stalls_or_vanishes_is_an_error_within_30_s(
+    s3, url, prepared, tmp_path, fault, read_ahead
+):
+    with relayed(s3) as relay:
+        rows = stream(url, access=Access(tmp_path / "cache"), read_ahead=read_ahead, **IN_ORDER)
+        found = take(rows, 5)
+        if fault == "silent":
+            relay.silent = True
+        else:
+            relay.gone()
+        error, seconds = error_after(rows, found)
+    assert isinstance(error, ShardError)
+    assert "not to be had within 20 s" in error.problem
+    assert 10 < seconds < LIMIT
+    assert error.shard.startswith(f"{url}/train/shard.")
+    assert "S3_ENDPOINT_URL" in error.remedy
+    assert equal(found, take(stream(prepared, **IN_ORDER), len(found)))
+
+
+@pytest.mark.slow  # 20 s
+def test_by_default_a_store_that_says_nothing_when_training_starts_is_an_error_within_30_s(s3, url, tmp_path):
+    with relayed(s3) as relay:
+        relay.silent = True
+        began = time.monotonic()
+        with pytest.raises(ShardError, match=r"data/dataset\.json: not to be had within 20 s"):
+            stream(url, access=Access(tmp_path / "cache"))
+        assert time.monotonic() - began < LIMIT
+
+
+@pytest.mark.slow  # 25 s
+def test_by_default_a_read_of_a_dead_file_system_is_an_error_within_30_s(prepared, monkeypatch):
+    rows = stream(prepared, **IN_ORDER)
+    take(rows, 5)
+    monkeypatch.setattr("pipelines.shards.from_sample", lambda *_, **__: time.sleep(60))
+    began = time.monotonic()
+    with pytest.raises(DatasetError, match=r"no row came for 25 s while reading shard .*\.mds"):
+        take(rows, 5)
+    assert time.monotonic() - began < LIMIT
+
+
+def test_trouble_while_nobody_waits_is_borne_and_tried_again(s3, url, prepared, tmp_path):
+    ahead, patience = 4, 1.5
+    with relayed(s3) as relay:
+        rows = stream(url, access=Access(tmp_path / "cache", patience=patience), read_ahead=ahead, **IN_ORDER)
+        rows._fetchers.close(5)  # so that the second shard is first wanted by a row read ahead
+        count = int(rows.rows.readers[0].rows_per_shard[0]) - ahead + 1
+        found = take(rows, count - 1)
+        relay.gone()
+        found += take(rows, 1)  # ahead of which a row of the second shard is being read
+        time.sleep(2 * patience)
+        relay.back()
+        found += take(rows, rows.rows_per_epoch - count)
+    assert equal(found, take(stream(prepared, **IN_ORDER), len(found)))
+
+
+def test_rows_fetched_ahead_are_delivered_before_the_trouble_is_an_error(s3, url, prepared, tmp_path):
+    with relayed(s3) as relay:
+        rows = stream(url, access=Access(tmp_path / "cache", patience=1.5), **IN_ORDER)
+        rows._fetchers.close(5)
+        count = int(rows.rows.readers[0].rows_per_shard[0])
+        found = take(rows, 1)
+        relay.gone()
+        found += take(rows, count - 1)
+        began = time.monotonic()
+        with pytest.raises(ShardError, match=r"not to be had within 1.5 s \(.+\)"):
+            next(rows)
+        assert time.monotonic() - began < 5
+        relay.back()
+        found += take(rows, 3)  # asked again, it goes on at the very row
+    assert equal(found, take(stream(prepared, **IN_ORDER), count + 3))
+
+
+def test_an_object_that_comes_slowly_takes_longer_than_patience_and_is_no_error(s3):
+    data = bytes(range(256)) * 8192  # 2 MiB, of which streaming's downloader writes 256 KiB at a time
+    url = s3.put("large", data)
+    with relayed(s3) as relay:
+        relay.rate = 500_000
+        began = time.monotonic()
+        assert read_remote(url, Access(patience=3)) == data
+        assert time.monotonic() - began > 3
+
+
+def test_an_object_that_never_gets_further_than_its_beginning_is_an_error(s3):
+    url = s3.put("large", bytes(2 << 20))
+    with relayed(s3) as relay:
+        relay.first = 700_000
+        began = time.monotonic()
+        with pytest.raises(ShardError, match="not to be had within 3 s"):
+            read_remote(url, Access(patience=3))
+        assert time.monotonic() - began < 8
+
+
+def test_an_object_that_is_not_there_is_an_error_at_once(s3):
+    began = time.monotonic()
+    with pytest.raises(ShardError, match="not there, or no access"):
+        read_remote(f"s3://{BUCKET}/absent", Access())
+    assert time.monotonic() - began < 5
+
+
+def test_one_of_two_jobs_on_a_machine_does_not_wait_for_ever_for_the_other_ones_fetch(s3, url, tmp_path, prepared):
+    with relayed(s3) as relay:
+        patient, hasty = (stream(url, access=Access(tmp_path / "cache", patience=p), **IN_ORDER) for p in (60, 1.5))
+        for rows in (patient, hasty):
+            rows._fetchers.close(5)
+            take(rows, 1)
+        relay.silent = True
+        patient._thread.submit(patient.rows.readers[0].bring, 1)  # holds the lock of the second shard
+        time.sleep(0.5)
+        count = int(hasty.rows.readers[0].rows_per_shard[0])
+        take(hasty, count - 1)
+        began = time.monotonic()
+        with pytest.raises(ShardError, match="another process of this machine is at it, and nothing comes"):
+            next(hasty)
+        assert time.monotonic() - began < 5
+
+
+def test_the_clock_runs_only_while_somebody_waits(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("pipelines.patience.time.monotonic", lambda: now[0])
+    clock = Patience(20)
+    assert clock.left(95) == 15  # outside of a stream the caller waits
+    with clock.waiting():
+        now[0] = 110
+        assert clock.left(95) == 10  # from the moment that somebody waits
+        assert clock.left(108) == 18  # or from the trouble's beginning
+    assert clock.left(95) == float("inf")
+
+
+def test_no_wait_in_a_store_client_is_longer_than_the_errors_limit():
+    client = storage.s3_client().meta.config
+    assert max(client.connect_timeout, client.read_timeout) + storage.TROUBLE_SECONDS + client.read_timeout < LIMIT
