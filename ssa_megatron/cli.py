@@ -9,7 +9,9 @@ import json
 import os
 import re
 import sys
+import time
 import warnings
+import zlib
 from pathlib import Path
 from typing import Annotated
 
@@ -27,6 +29,8 @@ tokenizer_app = typer.Typer(no_args_is_help=True, help="Train and inspect Senten
 data_app = typer.Typer(no_args_is_help=True, help="Turn a corpus into packed MDS shards, check and describe them.")
 app.add_typer(tokenizer_app, name="tokenizer")
 app.add_typer(data_app, name="data")
+
+_SAID_BY_RANK_0 = 2.0  # seconds after which an error that local rank 0 has not said is another rank's own
 
 Sources = Annotated[list[str], typer.Argument(help="files, folders, globs, s3:// or package:king-james")]
 NamedSources = Annotated[
@@ -49,9 +53,11 @@ def train(
     ] = None,
 ) -> None:
     """Pretrain, or continue the run in the folder. Alone in one process, or on many under torchrun."""
+    from ssa_megatron.train.output import outlive_readers
     from ssa_megatron.train.requests import parse_range
     from ssa_megatron.train.signals import StopRequest
 
+    outlive_readers()
     stop = StopRequest().listen()  # before anything slow: a signal may come at any time
     from ssa_megatron.config import load_recipe
 
@@ -459,14 +465,34 @@ def main() -> None:
 
 
 def _fail(error: SSAError) -> None:
-    # Once the ranks have met, an error is the same on all of them; before, it is a node's own. Once a node is enough.
-    if int(os.environ.get("LOCAL_RANK", "0")) == 0:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+    # Once the ranks have met, an error is the same on all of them, and once a node is enough; before, it may be one rank's own.
     distributed = sys.modules.get("torch.distributed")
-    if distributed is not None and distributed.is_initialized():
+    met = distributed is not None and distributed.is_initialized()
+    if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+        _is_news(str(error))
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    elif not met and _is_news(str(error), wait=_SAID_BY_RANK_0):
+        print(f"error of rank {os.environ.get('RANK', '?')}: {error}", file=sys.stderr, flush=True)
+    if met:
         sys.stdout.flush()
         os._exit(error.exit_code)  # destructors of process groups in use abort the process and hide the exit code
     sys.exit(error.exit_code)
+
+
+def _is_news(text: str, *, wait: float = 0.0) -> bool:
+    """Whether no rank of this node has said it in this start, asked after `wait` seconds; from now on one has.
+
+    torchrun gives its ranks folders side by side. Without one each rank speaks: better twice than never.
+    """
+    folder = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if not folder:
+        return True
+    time.sleep(wait)
+    try:
+        Path(folder).parents[1].joinpath(f"said-{zlib.crc32(text.encode()):08x}").touch(exist_ok=False)
+    except OSError as error:
+        return not isinstance(error, FileExistsError)
+    return True
 
 
 def _quiet_libraries() -> None:

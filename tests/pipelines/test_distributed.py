@@ -78,3 +78,12 @@ def test_no_shared_memory_is_used_and_no_lock_or_partial_file_remains(job):
     assert [report["shared"] for report in job.reports] == [[], []]
     names = {path.name for path in (job.data / "train").iterdir()}
     assert {name for name in names if not re.fullmatch(r"shard\.\d{5}\.\d{5}\.mds(\.zstd)?", name)} == {"index.json"}
+
+
+@pytest.mark.parametrize("paths", [("wait", "no/data"), ("no/data", "no/data")])
+def test_an_error_before_the_ranks_meet_is_said_once_and_by_name_if_it_is_another_ranks_own(paths):
+    output = launch.run(2, "tests.pipelines.early_error", *paths, timeout=60, expect=1)
+    said = re.findall(r"^error(?: of rank \d)?: .*", output, re.MULTILINE)
+    who = " of rank 1" if paths[0] == "wait" else ""
+    assert said == [f"error{who}: no/data: not a prepared dataset (dataset.json is missing)"], output
+    assert output.count("remedy: prepare it first") == 1
