@@ -59,7 +59,8 @@ class SSAConfig(PretrainedConfig):
     """
 
     model_type = "ssa"
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 - an annotation makes it a field in 5.x
+    # what Trainer must not gather as a prediction, by both its names (5.24 renamed it)
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]  # noqa: RUF012 - an annotation makes it a field in 5.x
 
     def __init__(
         self,

@@ -24,7 +24,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .attention_ssa import compressed_stream, full_stream, sparse_stream, window_stream
 from .cache_ssa import CACHE, adopt_cache, one_cache, pool_blocks
 from .configuration_ssa import MODES, SSAConfig, check_choice
-from .positions_ssa import rotary_table, rotate, row_starts, wide
+from .positions_ssa import check_one_sequence, rotary_table, rotate, row_starts, wide
 
 
 class SSARMSNorm(nn.Module):
@@ -36,6 +36,11 @@ class SSARMSNorm(nn.Module):
     def forward(self, x):
         normed = wide(x) * torch.rsqrt(wide(x).square().mean(-1, keepdim=True) + self.eps)
         return (normed * wide(self.weight)).to(x.dtype)
+
+
+def asked(given, config, name):
+    """A forward's own argument, or what `from_pretrained(folder, name=...)` left in the config."""
+    return getattr(config, name) if given is None else given
 
 
 @lru_cache
@@ -153,7 +158,7 @@ class SSAPreTrainedModel(PreTrainedModel):
     config_class = SSAConfig
     base_model_prefix = "model"
     _no_split_modules = ["SSADecoderLayer"]  # noqa: RUF012 - transformers' form
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values", "cache"]  # noqa: RUF012 - one thing, by the name before 5.24 and after
     _supports_sdpa = True
     _supports_attention_backend = True
     supports_gradient_checkpointing = True
@@ -242,8 +247,11 @@ class SSAModel(SSAPreTrainedModel):
         position = torch.arange(past, past + x.shape[1], device=x.device)[None]
         if start_b is not None:
             position = (position - start_b.to(x.device)[:, None]).clamp(min=0)  # padding itself counts as position 0
-        table = rotary_table(position if position_ids is None else position_ids, self.config, wide(x).dtype)
         outside = self._outside(mode, cache is not None or start_b is not None or with_alignment, kwargs)
+        if position_ids is not None and outside is None:  # an engine from the outside keeps sequences apart itself
+            check_one_sequence(position_ids, attention_mask)
+        table = rotary_table(position if position_ids is None else position_ids, self.config, wide(x).dtype)
+        output_hidden_states = asked(output_hidden_states, self.config, "output_hidden_states")
         hidden, losses = [], []
         for layer in self.layers:
             if output_hidden_states:
@@ -263,7 +271,7 @@ class SSAModel(SSAPreTrainedModel):
             alignment_loss=alignment,
             **{CACHE: cache},
         )
-        return output.to_tuple() if return_dict is False else output
+        return output if asked(return_dict, self.config, "return_dict") else output.to_tuple()
 
     def _outside(self, mode, more, kwargs):
         """The registered attention function, or None for this file's own streams.
@@ -352,6 +360,7 @@ class SSAForCausalLM(SSAPreTrainedModel, GenerationMixin):
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
+            return_dict=True,
             inference_mode=mode,
             block_count=block_count,
             with_alignment=align,
@@ -376,7 +385,7 @@ class SSAForCausalLM(SSAPreTrainedModel, GenerationMixin):
             alignment_loss=output.alignment_loss,
             **{CACHE: getattr(output, CACHE)},
         )
-        return result.to_tuple() if return_dict is False else result
+        return result if asked(return_dict, self.config, "return_dict") else result.to_tuple()
 
     def prepare_inputs_for_generation(
         self, input_ids, past_key_values=None, attention_mask=None, inputs_embeds=None, cache=None, **kwargs

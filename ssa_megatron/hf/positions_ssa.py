@@ -28,6 +28,20 @@ def row_starts(attention_mask):
     return start if bool(start.any()) else None
 
 
+def check_one_sequence(position_ids, attention_mask):
+    """Raises ValueError where positions begin anew inside a row: several sequences, as flattening collators pack them.
+
+    Their attention would cross from one into the other and their blocks would not begin where they do, and nothing would show it.
+    """
+    real = torch.ones_like(position_ids, dtype=torch.bool)
+    if attention_mask is not None:
+        real = attention_mask[:, -position_ids.shape[1] :].to(position_ids.device).bool()
+    if bool(((position_ids.diff(dim=-1) < 1) & real[:, 1:] & real[:, :-1]).any()):
+        raise ValueError(
+            "position_ids begin anew inside a row: give each sequence a row of its own, packed ones are not kept apart"
+        )
+
+
 def rotary_frequencies(config, dtype, device):
     """(radians per token [D / 2], factor of cos and sin), by transformers' formulas of each RoPE type."""
     rope = config.rope_parameters

@@ -509,3 +509,43 @@ def test_wrong_settings_are_named():
         model(tokens, attention_mask=torch.ones(1, 19))
     with pytest.raises(ValueError, match="DynamicCache"):
         model(tokens, past_key_values=((None, None),), use_cache=True)
+    packed = torch.cat((torch.arange(12), torch.arange(8)))[None]
+    for positions in (packed, torch.zeros_like(packed)):  # the second: sequences of one token each
+        with pytest.raises(ValueError, match="begin anew inside a row"):
+            model(tokens, position_ids=positions)
+
+
+def test_positions_of_one_sequence_a_row_are_taken_padding_and_a_cache_included():
+    """transformers writes 0 or 1 where padding is, on either side; a model of packed rows alone is refused."""
+    model, _, _ = build("ssa")
+    tokens, mask = left_padded([tokens_of(40)[0], tokens_of(23)[0]])
+    positions = (mask.cumsum(-1) - 1).masked_fill(mask == 0, 1)
+    with torch.no_grad():
+        for order in (slice(None), torch.arange(39, -1, -1)):  # padded on the left, then on the right
+            flipped = mask[:, order]
+            where = positions if order == slice(None) else (flipped.cumsum(-1) - 1).masked_fill(flipped == 0, 1)
+            given = {"attention_mask": flipped, "inference_mode": "sparse", "block_count": 2}
+            got = model(tokens, position_ids=where, **given).logits
+            assert torch.equal(got[flipped.bool()], model(tokens, **given).logits[flipped.bool()])
+        first = model(tokens[:, :30], attention_mask=mask[:, :30], use_cache=True)
+        rest = {"attention_mask": mask, "past_key_values": getattr(first, cache_ssa.CACHE), "use_cache": True}
+        got = model(tokens[:, 30:], position_ids=positions[:, 30:], **rest).logits
+        assert (got - model(tokens, attention_mask=mask).logits[:, 30:]).abs().max() < 1e-10
+
+
+@pytest.mark.parametrize("name", ["output_hidden_states", "return_dict"])
+def test_what_a_config_says_of_the_output_is_what_a_forward_gives(name):
+    model, _, _ = build("ssa")
+    tokens = tokens_of(20)
+    with torch.no_grad():
+        if name == "return_dict":
+            model.config.return_dict = False
+            for got in (model(tokens), model.model(tokens)):
+                assert isinstance(got, tuple)
+            assert torch.equal(model(tokens)[0], model(tokens, return_dict=True).logits)
+        else:
+            model.config.output_hidden_states = True
+            for one in (model, model.model):
+                assert len(one(tokens).hidden_states) == 3
+                assert one(tokens, output_hidden_states=False).hidden_states is None
+        assert model.generate(tokens, max_new_tokens=3, do_sample=False).shape == (1, 23)

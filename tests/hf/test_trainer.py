@@ -8,6 +8,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     DataCollatorForLanguageModeling,
+    DataCollatorWithFlattening,
     Trainer,
     TrainingArguments,
 )
@@ -46,6 +47,31 @@ def test_trainer_lowers_the_ssa_loss_and_what_it_saves_loads_again(tmp_path, fol
     tokens = torch.arange(3, 80)[None]
     with torch.no_grad():
         assert torch.equal(load(tmp_path / "saved").eval()(tokens).logits, model.eval()(tokens).logits)
+
+
+def test_trainer_evaluates_and_predicts_logits_whatever_transformers_calls_the_cache(tmp_path, folder):
+    """Under 5.24 the cache, by its new name, was gathered among the predictions."""
+    tokenizer, model = AutoTokenizer.from_pretrained(folder, trust_remote_code=False), load(folder)
+    arguments = TrainingArguments(str(tmp_path), per_device_eval_batch_size=3, report_to=[], use_cpu=True)
+    trainer = Trainer(
+        model=model,
+        args=arguments,
+        data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
+        compute_metrics=lambda found: {"width": found.predictions.shape[-1]},
+    )
+    data = texts(tokenizer)
+    found = trainer.predict(data)
+    assert found.predictions.shape[0] == len(data)
+    assert found.metrics["test_width"] == model.config.vocab_size
+    assert math.isfinite(trainer.evaluate(data)["eval_loss"])
+
+
+def test_a_flattening_collator_is_refused_and_not_silently_trained_across_its_sequences(folder):
+    tokenizer, model = AutoTokenizer.from_pretrained(folder, trust_remote_code=False), load(folder)
+    rows = [{"input_ids": row["input_ids"], "labels": row["input_ids"]} for row in texts(tokenizer)[:3]]
+    batch = DataCollatorWithFlattening()(rows)
+    with pytest.raises(ValueError, match="begin anew inside a row"):
+        model.train()(**batch)
 
 
 def test_a_device_map_places_layers_and_changes_nothing(folder):
