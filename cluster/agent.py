@@ -45,7 +45,6 @@ class Agent(LocalElasticAgent):
     def listen(self) -> None:
         """Take the signals that schedulers and people send; those torchrun would die of included."""
         os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGQUIT"
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # a closed terminal is no reason to stop training
         for number in FORWARDED:
             signal.signal(number, self._on_signal)
 

@@ -3,6 +3,7 @@
 The codes are those of ssa_megatron/errors.py. A launch ends with one code for all its ranks, so that a scheduler can act on it.
 """
 
+import contextlib
 import signal
 import sys
 from collections.abc import Iterable
@@ -69,5 +70,6 @@ class RestartBudget:
 
 
 def say(text: str) -> None:
-    """A line of the launcher in the log, beside the ranks' own."""
-    print(f"launch: {text}", file=sys.stderr, flush=True)
+    """A line of the launcher in the log, beside the ranks' own. A terminal that was closed, or a full disk, ends no launch."""
+    with contextlib.suppress(OSError):
+        print(f"launch: {text}", file=sys.stderr, flush=True)

@@ -11,6 +11,7 @@ as few nodes as 1.
 """
 
 import argparse
+import contextlib
 import os
 import re
 import signal
@@ -90,6 +91,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     """Launch, watch, restart; returns the exit code."""
     options = parse(sys.argv[1:] if arguments is None else arguments)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # a closed terminal is no reason to stop training
     for number in FORWARDED:
         signal.signal(number, _interrupt)
     try:
@@ -228,8 +230,9 @@ def _leave(code: int) -> None:
     """End with `code`. Threads that still talk to the store would abort an ordinary exit: Python ends them when they ask for
     its lock, in the middle of C++, and std::terminate turns every code into 134 (torch 2.13), which a scheduler requeues.
     """
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+        sys.stderr.flush()
     os._exit(code)
 
 

@@ -1,5 +1,7 @@
 """The launcher on one machine: what it refuses, the code it ends with, and when it stops restarting."""
 
+import os
+import pty
 import signal
 import socket
 import subprocess
@@ -224,6 +226,37 @@ def test_a_signal_to_the_launcher_is_a_committed_checkpoint_and_exit_code_75(dat
     assert begun.ended.startswith("stopped by SIG")
     assert len(family) == 2
     assert not [member for member in family if member.is_running()]
+
+
+def test_a_terminal_that_is_closed_ends_no_training(dataset, tmp_path):  # noqa: F811
+    """Once the first line that could not be printed did: on the rank, and again in the launcher that was to restart it."""
+    recipe, run = recipe_file(tmp_path, dataset, train__steps=30, checkpoint__interval=100), tmp_path / "run"
+    terminal, end = pty.openpty()
+    command = [sys.executable, "-m", "cluster.launch", "--nproc-per-node", "2", "train", str(recipe)]
+    command += ["logging.interval=1", "--run-folder", str(run)]
+    inside = {"stdin": end, "stdout": end, "stderr": end, "start_new_session": True}
+    process = subprocess.Popen(command, cwd=launch.ROOT, env=launch.environment(), **inside)
+    os.close(end)
+    try:
+        said, deadline = b"", time.monotonic() + 200
+        while b"step  2/30" not in said:
+            assert time.monotonic() < deadline, said
+            said += os.read(terminal, 4096)
+        os.close(terminal)
+        os.killpg(process.pid, signal.SIGHUP)  # as the system does to the terminal's processes
+        assert process.wait(timeout=120) == 0
+    finally:
+        launch.kill(process)
+    assert [line["step"] for line in read_metrics(run / "metrics.jsonl")] == list(range(1, 31))
+    assert [start.ended for start in read_starts(run)] == ["done"]
+
+
+def test_what_the_launcher_says_on_a_full_disk_ends_nothing():
+    code = "from cluster.endings import say; from cluster.launch import _leave; say('x'); _leave(75)"
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, cwd=launch.ROOT, env=launch.environment(), stdout=full, stderr=full, timeout=60)
+    assert done.returncode == 75
 
 
 @pytest.mark.slow
