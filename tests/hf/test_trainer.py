@@ -59,6 +59,7 @@ def test_trainer_evaluates_and_predicts_logits_whatever_transformers_calls_the_c
         data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
         compute_metrics=lambda found: {"width": found.predictions.shape[-1]},
     )
+    model.config.use_cache = True  # 5.x sets False unless TrainingArguments say otherwise
     data = texts(tokenizer)
     found = trainer.predict(data)
     assert found.predictions.shape[0] == len(data)
