@@ -273,6 +273,7 @@ def _handed_on(environment: Mapping[str, str]) -> dict[str, str]:
     it does not have. The checkout on PYTHONPATH, where cluster/submit puts it, would stand in for what a snapshot lacks.
     """
     found = dict(environment)
+    found.pop("PYTHONSAFEPATH", None)  # also set there; the job finds its snapshot by standing in it
     paths = [path for path in found.pop("PYTHONPATH", "").split(os.pathsep) if path not in ("", str(CLUSTER.parent))]
     if paths:
         found["PYTHONPATH"] = os.pathsep.join(paths)

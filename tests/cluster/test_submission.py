@@ -3,6 +3,7 @@
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -310,7 +311,27 @@ def test_a_job_does_not_inherit_the_job_it_is_submitted_from_nor_the_checkout(si
     found = dict(line.split("=", 1) for line in seen.read_text().splitlines() if "=" in line)
     assert (found["SLURM_CONF"], found["MINE"], found["PYTHONPATH"]) == ("/etc/s.conf", "kept", "/my modules")
     assert {"SLURM_CPU_BIND", "SSA_HOST"} & found.keys() == (set() if inside else {"SLURM_CPU_BIND", "SSA_HOST"})
-    assert not {"SLURM_JOB_ID", "SLURMD_NODENAME", "WORLD_SIZE"} & found.keys()
+    assert not {"SLURM_JOB_ID", "SLURMD_NODENAME", "WORLD_SIZE", "PYTHONSAFEPATH"} & found.keys()
+
+
+def test_the_folder_it_is_called_from_is_not_searched_for_modules(site, tmp_path):
+    """Once a folder named `cluster` there, or another checkout, was run and submitted in this one's place."""
+    for name in ("cluster", "ssa_megatron"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text("raise SystemExit('the wrong one')\n")
+    done = subprocess.run(
+        [CLUSTER / "submit", "--site", site, "--run-folder", "run", "--dry-run", "demo", "data.path=."],
+        env={**launch.environment(), "PYTHON": sys.executable},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    [code] = (tmp_path / "run" / "code").iterdir()
+    assert (code / "cluster" / "__init__.py").read_bytes() == (CLUSTER / "__init__.py").read_bytes()
+    recipe = yaml.safe_load((code / "recipe.yaml").read_text())
+    assert recipe["data"]["path"] == str(tmp_path)
 
 
 def test_where_there_is_no_slurm_submit_says_what_to_do_instead(site, tmp_path):
