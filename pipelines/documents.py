@@ -116,13 +116,16 @@ def _lines_from(file: InputFile, data: BinaryIO, begin: int) -> Iterator[tuple[i
                 left -= skipped
         place += len(data.readline())
     for line in data:
-        yield place, line
-        place += len(line)
+        size, held = len(line), [line]
+        del line  # it may be a book, which whoever asked may drop
+        yield place, held.pop()
+        place += size
 
 
 def _jsonl(lines: Iterator[tuple[int, bytes]], field: str) -> Iterator[tuple[int, str]]:
     for place, line in lines:
         text = _decode(line, place).removeprefix("\ufeff")
+        del line  # as large as the text, and so is what it was parsed from
         if not text.strip():
             yield place, ""
             continue
@@ -149,7 +152,9 @@ def _jsonl(lines: Iterator[tuple[int, bytes]], field: str) -> Iterator[tuple[int
                     f"field {field!r} holds half of a surrogate pair ({error.reason})",
                     "replace lone \\ud800-\\udfff escapes before preparing",
                 ) from error
-        yield place, document
+        held = [document]
+        del text, record, document
+        yield place, held.pop()
 
 
 def _paragraphs(lines: Iterator[tuple[int, bytes]], begin: int, end: int | None) -> Iterator[tuple[int, str]]:

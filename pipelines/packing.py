@@ -94,15 +94,18 @@ class Packer:
 
 def marked(tokens: Sequence[int], *, bos_id: int, eos_id: int, vocab_size: int) -> NDArray:
     """bos + tokens + eos, in the type rows have. Raises TokenizerError for an id outside the vocabulary."""
-    document = np.empty(len(tokens) + 2, np.int64)
-    document[0], document[1:-1], document[-1] = bos_id, tokens, eos_id
-    if document.min() < 0 or document.max() >= vocab_size:
-        wrong = next(int(t) for t in document if not 0 <= t < vocab_size)
+    tokens = np.asarray(
+        tokens, None if len(tokens) else np.int64
+    )  # as it is: a book's tokens are not copied for the check
+    if tokens.size and (tokens.min() < 0 or tokens.max() >= vocab_size):
+        wrong = next(int(t) for t in tokens if not 0 <= t < vocab_size)
         raise TokenizerError(
             f"token id {wrong} is outside the vocabulary (vocab_size {vocab_size})",
             remedy="encode with the tokenizer this dataset is prepared for",
         )
-    return document.astype(smallest_dtype(vocab_size))
+    document = np.empty(tokens.size + 2, smallest_dtype(vocab_size))
+    document[0], document[1:-1], document[-1] = bos_id, tokens, eos_id
+    return document
 
 
 def pack(

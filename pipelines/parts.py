@@ -26,6 +26,7 @@ from pipelines.tokenizer import Tokenizer, cached_tokenizer
 SPLITS = ("train", "validation")  # in the order of scan's TRAIN and VALIDATION
 _BATCH_CHARACTERS = 1 << 20  # documents are encoded about a megabyte at a time
 _LONG_CHARACTERS = 4 << 20
+_COUNTED = 1 << 20  # tokens counted at once: numpy makes 8 bytes of each
 _RECORD = "part.json"
 
 
@@ -71,7 +72,8 @@ class Tally:
         self.text_bytes += text_bytes
         self.tokens += tokens.size
         self.lengths[int(tokens.size - 1).bit_length()] += 1
-        np.add.at(self.frequencies, tokens, 1)
+        for begin in range(0, tokens.size, _COUNTED):
+            np.add.at(self.frequencies, tokens[begin : begin + _COUNTED], 1)
 
     def merge(self, other: "Tally") -> None:
         for name in ("documents", "text_bytes", "tokens"):
@@ -243,8 +245,10 @@ def _kept(part: Part) -> Iterator[tuple[str, int, int, int]]:
             hashes.update(hashlib.blake2b(data, digest_size=16).digest())
             fate = part.fates[seen] if seen < len(part.fates) else DUPLICATE
             seen += 1
+            size = len(data)
+            del data  # as large as the text, which may be a book
             if fate != DUPLICATE:
-                yield text, number, len(data), fate
+                yield text, number, size, fate
     if hashes.hexdigest() != part.digest:
         names = ", ".join(sorted({file.path for file in part.files.values()})[:3])
         raise CorpusError(
