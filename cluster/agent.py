@@ -42,6 +42,11 @@ class Agent(LocalElasticAgent):
         self.killed_by: int | None = None
         """The signal that, given a second time, ended the ranks at once."""
 
+    @property
+    def asked(self) -> bool:
+        """Whether a signal has asked for the end."""
+        return self._asked is not None
+
     def listen(self) -> None:
         """Take the signals that schedulers and people send; those torchrun would die of included."""
         os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGQUIT"

@@ -15,8 +15,11 @@ START_AGAIN = 75  # an orderly stop, agreed by all ranks: a committed checkpoint
 HOPELESS = range(2, 8)  # a message with a remedy was printed: recipe, data, checkpoint, run folder, stopped, machine
 
 
-class Interrupted(Exception):
-    """A signal came while no rank was running: nothing was lost, nothing has to be saved."""
+class Interrupted(BaseException):
+    """A signal came while no rank was running: nothing was lost, nothing has to be saved.
+
+    No Exception: it may come in the middle of a library's import, whose `except Exception` would swallow it.
+    """
 
 
 def ending(codes: Iterable[int]) -> int | None:

@@ -26,9 +26,10 @@ from cluster.addresses import AddressProblem, interface, own_address, resolve
 from cluster.endings import FORWARDED, START_AGAIN, Interrupted, RestartBudget, say
 
 PORT = 29500
-RESTARTS = (
-    5  # the run folder's own account allows three from one checkpoint, so the fifth is refused by it, with the batch
-)
+# the run folder's own account allows three from one checkpoint, so the fifth is refused by it, with the batch
+RESTARTS = 5
+_requests: list[str] = []
+"""Signals that came before there were ranks."""
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -159,6 +160,7 @@ def _launch(options: argparse.Namespace, host: str, address: str, logs: Path) ->
         last_call_timeout=options.last_call,
         read_timeout=30,
     )
+    agent = None
     name = f"{os.environ.get('SLURMD_NODENAME') or socket.gethostname()} at {address}"
     try:
         rendezvous = WatchedRendezvous(
@@ -187,6 +189,7 @@ def _launch(options: argparse.Namespace, host: str, address: str, logs: Path) ->
             grace=options.grace,
         )
         agent.listen()
+        _check_requests()
         codes = agent.run().return_values
     except RendezvousTimeoutError:
         say(
@@ -198,6 +201,9 @@ def _launch(options: argparse.Namespace, host: str, address: str, logs: Path) ->
         if isinstance(problem, RendezvousConnectionError) and options.hosting:
             say(f"port {options.port} of {host} cannot be used ({problem.__cause__}); --host {host}:PORT takes another")
             return 1
+        if agent is not None and agent.asked:  # coming back would forget it
+            say(f"{problem}; asked to stop, so not coming back")
+            return START_AGAIN if agent.killed_by is None else 128 + agent.killed_by
         say(f"{problem}; " + ("giving up" if options.hosting else f"trying to come back for {options.join_timeout} s"))
         return 1 if options.hosting else None
     rendezvous.shutdown()
@@ -218,6 +224,7 @@ def _answers(host: str, port: int, patience: float) -> bool:
     """Wait until the rendezvous host accepts connections. torch's own attempt prints a page of C++ each time it fails."""
     deadline = time.monotonic() + patience
     while time.monotonic() < deadline:
+        _check_requests()
         try:
             socket.create_connection((host, port), timeout=5).close()
             return True
@@ -237,7 +244,15 @@ def _leave(code: int) -> None:
 
 
 def _interrupt(number: int, _frame) -> None:
-    raise Interrupted(f"{signal.Signals(number).name} before any rank ran")
+    _requests.append(signal.Signals(number).name)
+    if len(_requests) == 1:  # SLURM, srun and scancel each send theirs: a second one must not become a traceback
+        _check_requests()
+
+
+def _check_requests() -> None:
+    """Raise Interrupted when a signal has come: raised in the handler alone it may be lost in a library's C code."""
+    if _requests:
+        raise Interrupted(f"{_requests[0]} before any rank ran")
 
 
 if __name__ == "__main__":

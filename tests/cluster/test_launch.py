@@ -180,6 +180,48 @@ def test_the_launchs_code_survives_threads_that_still_talk_to_the_store():
     assert ended.returncode == 3, ended.stderr
 
 
+def test_a_signal_that_comes_while_another_is_dealt_with_changes_no_code():
+    """Once 1, a crash, when srun and scancel signalled within a millisecond, before any rank ran."""
+    code = """if 1:
+        import os, signal
+        from cluster import launch
+        def own_address(host, **_):
+            os.kill(os.getpid(), signal.SIGUSR1)
+        def say(text):
+            for number in launch.FORWARDED:
+                os.kill(os.getpid(), number)
+            print(text)
+        launch.own_address, launch.say = own_address, say
+        launch._leave(launch.main(["train", "demo", "--run-folder", "x"]))
+    """
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(
+        command, cwd=launch.ROOT, env=launch.environment(), capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 75, done.stderr
+    assert "SIGUSR1 before any rank ran; the same command starts the run" in done.stdout
+
+
+def test_a_signal_whose_exception_a_library_swallows_is_heard_all_the_same():
+    """Once the ranks were started: an import's C code had cleared the exception."""
+    code = """if 1:
+        import contextlib, os, signal
+        from cluster import launch
+        def own_address(host, **_):
+            with contextlib.suppress(BaseException):
+                os.kill(os.getpid(), signal.SIGTERM)
+            return "127.0.0.1"
+        launch.own_address = own_address
+        launch._leave(launch.main(["train", "no-such-recipe", "--run-folder", "x"]))
+    """
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(
+        command, cwd=launch.ROOT, env=launch.environment(), capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 75, done.stderr
+    assert "SIGTERM before any rank ran" in done.stderr
+
+
 def start(*arguments: str, **extra: str) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, "-m", "cluster.launch", "--nproc-per-node", "2", *arguments],
