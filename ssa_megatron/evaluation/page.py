@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from html import escape
 from pathlib import Path
+from typing import NamedTuple
 
 from ssa_megatron.evaluation.tables import Table, differences, setting, tables
 from ssa_megatron.files import replace_durably
@@ -21,7 +22,17 @@ from ssa_megatron.report.svg import Axis, Layer, chart, log_axis
 
 STYLES = (Path(figures.__file__).with_name("page.css"), Path(__file__).with_name("page.css"))
 COLOURS = 6
-WIDE, SMALL = (940, 330), (400, 250)
+WIDE, NARROW, SMALL = (940, 330), (400, 290), (400, 250)
+INTRODUCTIONS = {
+    "budget": "What sparse attention costs over the same model's full attention, the zero line. Below it, sparse is better.",
+    "length": "Perplexity at each place of long sequences. Beyond the dotted line lie places that no training sequence had.",
+    "needle": "A fact is hidden at a depth of a long text and asked for at its end. Full colour: every needle found.",
+    "attention": (
+        "Mass inside: the share of full attention that falls on the blocks sparse attention would read. "
+        "Entropy: how widely a head spreads its attention. Theorem 1 bounds the error by the mass that is dropped."
+    ),
+    "tasks": "lm-eval's tasks, through its own Hugging Face backend.",
+}
 
 
 def write_page(out: Path, found: Sequence[dict]) -> Path:
@@ -34,9 +45,9 @@ def write_page(out: Path, found: Sequence[dict]) -> Path:
         ):  # of an earlier evaluation, which may have had more
             path.unlink()
     for part, pictures in drawn.items():
-        for number, picture in enumerate(pictures):
+        for number, one in enumerate(pictures):
             name = f"{part}-{number}.svg" if len(pictures) > 1 else f"{part}.svg"
-            replace_durably(out / name, standalone(*picture, style))
+            replace_durably(out / name, standalone(one.title, one.svg, one.legend, style))
     every = tables(found, detail=True)
     sections = [
         _section(part, [table for table in every if table.part == part], drawn.get(part, []))
@@ -49,7 +60,9 @@ def write_page(out: Path, found: Sequence[dict]) -> Path:
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">\n"
         f"<title>{escape(title)}</title>\n<style>\n{style}</style>\n</head>\n<body>\n"
-        f"<header><h1>{escape(title)}</h1>{warnings}</header>\n" + "\n".join(sections) + f"\n{_settings(found)}"
+        f"<header><h1>{escape(title)}</h1>{_lead(found)}{warnings}</header>\n"
+        + "\n".join(sections)
+        + f"\n{_settings(found)}"
         f"<footer>Written {time.strftime('%Y-%m-%d %H:%M')}; results.json beside this page holds every number.</footer>\n"
         "</body>\n</html>\n"
     )
@@ -62,7 +75,7 @@ def standalone(title: str, svg: str, legend: Sequence[tuple[str, str]], style: s
     width, height = map(int, re.search(r'viewBox="0 0 (\d+) (\d+)"', svg).groups())
     marks, x, y = [], 12, height + 44
     for kind, text in legend:
-        room = 34 + 6 * len(text)
+        room = 44 + 7 * len(text)
         if x > 12 and x + room > width:
             x, y = 12, y + 18
         marks.append(f'<g transform="translate({x} {y - 10})">{figures.mark(kind)}</g>')
@@ -79,54 +92,77 @@ def standalone(title: str, svg: str, legend: Sequence[tuple[str, str]], style: s
 
 
 # ------------------------------------------------------------------------------------------------------------ pictures
-Picture = tuple[str, str, list[tuple[str, str]]]
-"""Title, SVG, legend."""
+class Picture(NamedTuple):
+    title: str
+    svg: str
+    legend: list[tuple[str, str]]
+    """(mark and role, text)"""
+    narrow: str = ""
+    """The same for a telephone, where a picture as wide as the page would be too small to read."""
+
+
+def _wide(title: str, layers: Sequence[Layer], legend: list[tuple[str, str]], **how) -> Picture:
+    """A chart as wide as the page; `how` as for `chart`."""
+    sizes = (WIDE, NARROW)
+    svg, narrow = (chart(layers, width=width, height=height, **how) for width, height in sizes)
+    return Picture(title, svg, legend, narrow)
 
 
 def _budget(found: Sequence[dict]) -> Iterator[Picture]:
-    """Nats over full mode, against blocks."""
-    layers, legend, counts = [], [], set()
+    """Nats over full mode, against blocks; and again without the smallest budgets, where they dwarf the others."""
+    curves, own = {}, set()
     for role, model in _having(found, "budget"):
-        points = [(row["block_count"], row["gap"]) for row in model["budget"]["rows"] if row["mode"] == "sparse"]
-        points.sort()
-        counts |= {x for x, _ in points}
-        layers += [Layer(points, "line", role), Layer(points, "dot", role, model["name"])]
-        legend.append((f"line {role}", model["name"]))
-    if layers:
-        yield (
-            "Sparse against full, by budget",
-            chart(
-                layers, width=WIDE[0], height=WIDE[1], label="Nats over full attention, by blocks a token",
-                x_label="blocks a token", y_label="nats per token over full", rules=[0.0], x_axis=_doubling(counts),
-            ),
-            legend,
+        rows = [row for row in model["budget"]["rows"] if row["mode"] == "sparse"]
+        curves[role, model["name"]] = sorted((row["block_count"], row["gap"]) for row in rows)
+        own.add(model["block_count"])
+    every = sorted({x for points in curves.values() for x, _ in points})
+    tail = [count for count in every if own and 2 * count >= min(own)]
+    reach = {
+        first: max((abs(y) for points in curves.values() for x, y in points if x >= first), default=0.0)
+        for first in (*every[:1], *tail[:1])
+    }
+    close = len(tail) > 2 and reach[every[0]] > 4 * reach[tail[0]] > 0
+    for counts, title in (
+        (every, "Sparse against full, by budget"),
+        (tail, "The same, close to the model's own budget"),
+    ):
+        if not any(curves.values()) or (counts is tail and not close):
+            continue
+        layers = []
+        for (role, name), points in curves.items():
+            shown = [point for point in points if point[0] >= counts[0]]
+            layers += [Layer(shown, "line", role), Layer(shown, "dot", role, name)]
+        inside = [count for count in sorted(own) if counts[0] <= count <= counts[-1]]
+        legend = [(f"line {role}", name) for role, name in curves]
+        legend += [("vertical", f"the model's own, {count} blocks") for count in inside]
+        yield _wide(
+            title, layers, legend, label="Nats over full attention, by blocks a token", x_label="blocks a token",
+            y_label="nats per token over full", rules=[0.0], x_axis=_doubling(set(counts)), verticals=inside,
         )  # fmt: skip
 
 
 def _length(found: Sequence[dict]) -> Iterator[Picture]:
     """Perplexity against position; full mode drawn through, sparse mode at the model's own budget dashed."""
-    layers, legend, ends, trained = [], [], set(), set()
+    layers, legend, ends, trained, own = [], [], set(), set(), {}
     for role, model in _having(found, "length"):
         part = model["length"]
         trained.add(part["trained_length"])
         ends |= set(part["edges"][1:])
+        legend.append((f"line {role}", model["name"]))
         for row in part["rows"]:
             if row["mode"] == "full" or row["block_count"] == model["block_count"]:
                 dashed = "" if row["mode"] == "full" else " dashed"
                 points = [(end, math.exp(n)) for end, n in zip(part["edges"][1:], row["nats"], strict=True)]
-                layers += [Layer(points, "line", role + dashed), Layer(points, "dot", role, model["name"])]
-                legend.append((f"line {role}{dashed}", f"{model['name']}, {setting(row)}"))
+                says = f"{model['name']}, {setting(row)}"
+                layers += [Layer(points, "line", role + dashed), Layer(points, "dot", role, says)]
+                own.setdefault(dashed, set()).add(setting(row))
+    legend += [(f"line plain{dashed}", " or ".join(sorted(said))) for dashed, said in own.items()]
     inside = [at for at in sorted(trained) if min(ends, default=0) <= at <= max(ends, default=0)]
     legend += [("vertical", f"trained on {at:,} tokens") for at in inside]
     if layers:
-        yield (
-            "Perplexity by position",
-            chart(
-                layers, width=WIDE[0], height=WIDE[1], label="Perplexity by position", x_label="tokens, end of the bucket",
-                y_label="perplexity", x_axis=_doubling(ends), log_above=8,
-                verticals=inside,
-            ),
-            legend,
+        yield _wide(
+            "Perplexity by position", layers, legend, label="Perplexity by position", x_label="tokens, end of the bucket",
+            y_label="perplexity", x_axis=_doubling(ends), log_above=8, verticals=inside,
         )  # fmt: skip
 
 
@@ -137,7 +173,7 @@ def _needle(found: Sequence[dict]) -> Iterator[Picture]:
             shares = {(c["depth"], c["context"]): c["ranked"] for c in part["cells"] if c["mode"] == mode}
             name = "full" if mode == "full" else f"sparse k={part['block_count']}"
             title = f"{model['name']}, {name}: ranked first"
-            yield (
+            yield Picture(
                 title,
                 heat_map(
                     [[shares.get((depth, context)) for context in part["contexts"]] for depth in part["depths"]],
@@ -151,16 +187,26 @@ def _needle(found: Sequence[dict]) -> Iterator[Picture]:
 def _attention(found: Sequence[dict]) -> Iterator[Picture]:
     yield from _theorem(found)
     yield from _overlap(found)
+    entropies = [
+        x
+        for _, model in _having(found, "attention")
+        for layer in model["attention"]["layers"]
+        for x in layer["entropy"]
+    ]
+    # one scale for all models, or equal colours would not be equal values
+    shown = {
+        "sparsity": ("mass inside", 0.0, 1.0),
+        "entropy": ("entropy, nats", min(entropies, default=0), max(entropies, default=1)),
+    }
     for role, model in _having(found, "attention"):
         layers = model["attention"]["layers"]
-        for key, title, high in (("sparsity", "mass inside", 1.0), ("entropy", "entropy, nats", None)):
+        for key, (title, low, high) in shown.items():
             values = [layer[key] for layer in layers]
-            ends = (min(map(min, values)), max(map(max, values))) if high is None else (0.0, high)
-            yield (
+            yield Picture(
                 f"{model['name']}: {title}",
                 heat_map(
                     values, x=[str(i) for i in range(len(values[0]))], y=[str(i) for i in range(len(values))],
-                    x_label="head", y_label="layer", label=title, role=role, low=ends[0], high=ends[1],
+                    x_label="head", y_label="layer", label=title, role=role, low=low, high=high,
                 ),
                 [],
             )  # fmt: skip
@@ -174,9 +220,10 @@ def _theorem(found: Sequence[dict]) -> Iterator[Picture]:
         for key, dashed in (("error", ""), ("bound", " dashed")):
             points = [(one["dropped"], one[key]) for one in bins]
             layers += [Layer(points, "line", role + dashed), Layer(points, "dot", role, f"{model['name']}, {key}")]
-            legend.append((f"line {role}{dashed}", f"{model['name']}, {key}"))
+        legend.append((f"line {role}", model["name"]))
+    legend += [("line plain", "error"), ("line plain dashed", "bound")]
     if reach and max(reach) > min(reach):
-        yield (
+        yield Picture(
             "Theorem 1: output error and its bound, by dropped mass",
             chart(
                 layers, width=SMALL[0], height=SMALL[1], label="Output error and bound by dropped mass", x_label="dropped mass",
@@ -199,7 +246,7 @@ def _overlap(found: Sequence[dict]) -> Iterator[Picture]:
         layers += [Layer(points, "line", role), Layer(points, "dot", role, model["name"])]
         legend.append((f"line {role}", model["name"]))
     if len(lags) > 1:
-        yield (
+        yield Picture(
             "Blocks shared with an earlier token",
             chart(
                 layers, width=SMALL[0], height=SMALL[1], label="Share of blocks that an earlier token selected too",
@@ -224,15 +271,19 @@ def _doubling(values: set[int]) -> Axis:
 
 
 # ------------------------------------------------------------------------------------------------------------ the page
+def _lead(found: Sequence[dict]) -> str:
+    count = "One model" if len(found) == 1 else f"{len(found)} models"
+    texts = " and ".join(dict.fromkeys(model["text"]["name"] for model in found))
+    said = f"{count}, in full attention and in sparse attention at several budgets, on text of {texts}."
+    return f'<p class="lead">{escape(said)}</p>'
+
+
 def _section(part: str, every: Sequence[Table], pictures: Sequence[Picture]) -> str:
-    parts = []
-    for table in every[:1]:
-        parts.append(html_table(table.heads, table.rows) + _note(table))
-    wide = [p for p in pictures if f'viewBox="0 0 {WIDE[0]} ' in p[1]]
-    parts += [figures.framed(title, {"": svg}, legend) for title, svg, legend in wide]
-    small = [
-        figures.framed(title, {"": svg}, legend) for title, svg, legend in pictures if (title, svg, legend) not in wide
-    ]
+    """Introduction, wide pictures, the first table, small pictures, the other tables."""
+    parts = [f'<p class="note">{escape(INTRODUCTIONS[part])}</p>'] if part in INTRODUCTIONS else []
+    parts += [figures.framed(p.title, {"wide": p.svg, "narrow": p.narrow}, p.legend) for p in pictures if p.narrow]
+    parts += [html_table(table.heads, table.rows) + _note(table) for table in every[:1]]
+    small = [figures.framed(p.title, {"": p.svg}, p.legend) for p in pictures if not p.narrow]
     if small:
         parts.append(f'<div class="panels">{"".join(small)}</div>')
     for table in every[1:]:

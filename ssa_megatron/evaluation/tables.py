@@ -6,7 +6,7 @@ that some lack gives dashes there.
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 PLAIN = "—"
@@ -23,11 +23,11 @@ class Table(NamedTuple):
 
 def tables(found: Sequence[dict], *, detail: bool = False) -> list[Table]:
     """All of them; `detail` adds those with a row a layer when there are several models."""
-    made = [_models(found)]
+    made = [*_glance(found), _models(found)]
     for part, make in (("budget", _budget), ("length", _length), ("needle", _needle), ("attention", _attention)):
         having = [model for model in found if part in model]
         if having:
-            made.append(make(having))
+            made += make(having)
     for model in found if detail or len(found) == 1 else ():
         if "attention" in model:
             made.append(_layers(model, alone=len(found) == 1))
@@ -78,6 +78,46 @@ def setting(row: dict, everything: int | None = None) -> str:
     return f"sparse k={'all' if row['block_count'] == everything else row['block_count']}"
 
 
+def _glance(found: Sequence[dict]) -> list[Table]:
+    """One row a model: what is asked first. Sparse attention is at the model's own number of blocks."""
+    last = next((tuple(model["length"]["edges"][-2:]) for model in found if "length" in model), (0, 0))
+
+    def far(model: dict) -> str | None:
+        if tuple(model["length"]["edges"][-2:]) != last:
+            return None  # measured at other places
+        return _pair(_own(model, "length"), lambda row: f"{math.exp(row['nats'][-1]):.2f}")
+
+    columns: list[tuple[str, str, Callable[[dict], str | None]]] = [
+        ("*perplexity", "budget", lambda m: _pair(_own(m, "budget"), lambda row: f"{row['perplexity']:.2f}")),
+        ("*sparse over full, nats", "budget", lambda m: _gap(_own(m, "budget")[1] or {"mode": "full"})),
+        (f"*perplexity, {last[0]:,}-{last[1]:,}", "length", far),
+        ("*needles found", "needle", lambda m: _pair(_needles(m), lambda cells: f"{_mean(cells, 'ranked'):.2f}")),
+        ("*mass inside", "attention", lambda m: f"{_middle([_layer(x)[0] for x in m['attention']['layers']]):.2f}"),
+    ]
+    columns = [column for column in columns if any(column[1] in model for model in found)]
+    rows = [(model["name"], *(make(model) if part in model else None for _, part, make in columns)) for model in found]
+    note = "full / sparse attention, the latter with each model's own number of blocks"
+    return [Table("glance", "At a glance", ("Model", *(head for head, _, _ in columns)), rows, note)] if columns else []
+
+
+def _own(model: dict, part: str) -> tuple[dict | None, dict | None]:
+    """Rows of a part: full attention, and sparse attention at the model's own number of blocks."""
+    rows = model[part]["rows"]
+    full = next((row for row in rows if row["mode"] == "full"), None)
+    sparse = (row for row in rows if row["mode"] == "sparse" and row["block_count"] == model["block_count"])
+    return full, next(sparse, None)
+
+
+def _needles(model: dict) -> tuple[list[dict], list[dict]]:
+    cells = model["needle"]["cells"]
+    return tuple([cell for cell in cells if cell["mode"] == mode] for mode in ("full", "sparse"))
+
+
+def _pair(both: tuple, show: Callable) -> str:
+    """ "full / sparse", a dash for the one that was not measured."""
+    return " / ".join(show(one) if one else PLAIN for one in both)
+
+
 def _models(found: Sequence[dict]) -> Table:
     heads = ("Model", "Attention", "*Parameters", "*Step", "*Trained length", "*Blocks", "RoPE", "Weights")
     rows = [
@@ -85,7 +125,7 @@ def _models(found: Sequence[dict]) -> Table:
             model["name"],
             model["kind"],
             None if model["parameters"] is None else f"{model['parameters']:,}",
-            model["step"],
+            None if model["step"] is None else f"{model['step']:,}",
             f"{model['trained_length']:,}",
             f"{model['block_count']} of {model['block_size']}",
             rope(model),
@@ -103,35 +143,55 @@ def rope(model: dict) -> str:
     return "as trained" if model["settings"]["rope_factor"] is None else f"{found['rope_type']} x {found['factor']:g}"
 
 
-def _budget(found: Sequence[dict]) -> Table:
-    heads = ["Attention"]
-    for model in found:
-        heads += ["*nats/token" if len(found) == 1 else f"*{model['name']}", "*over full"]
-        heads += ["*perplexity", "*bits/byte"] if len(found) == 1 else []
+def _budget(found: Sequence[dict]) -> list[Table]:
+    """One table; from three models on two, as one with both columns of each would be wider than a page."""
     columns = [{setting(row, model["budget"]["all"]): row for row in model["budget"]["rows"]} for model in found]
-    rows = []
-    for name in dict.fromkeys(itertools.chain(*columns)):
-        cells: list = [name]
-        for column in columns:
-            row = column.get(name)
-            cells += [None, None] if row is None else [f"{row['nats']:.4f}", _gap(row)]
-            cells += [f"{row['perplexity']:.2f}", f"{row['bits_per_byte']:.4f}"] if len(found) == 1 else []
-        rows.append(tuple(cells))
+    names, models = dict.fromkeys(itertools.chain(*columns)), [model["name"] for model in found]
+
+    def table(title: str, heads: Sequence[str], cells: Callable[[dict], list], width: int) -> Table:
+        rows = [
+            (
+                name,
+                *(cell for column in columns for cell in (cells(column[name]) if name in column else [None] * width)),
+            )
+            for name in names
+        ]
+        return Table("budget", title, ("Attention", *heads), rows, note)
+
     budget = found[0]["budget"]
     note = (
         f"{budget['tokens']:,} tokens in {budget['pieces']:,} pieces of at most {budget['length']:,}; "
         "nats per token, paired standard errors"
     )
-    return Table("budget", "Quality against budget", tuple(heads), rows, note)
+    title, over = "Quality against budget", "Over the model's own full attention"
+    if len(found) == 1:
+        heads = ("*nats/token", "*over full", "*perplexity", "*bits/byte")
+        return [
+            table(
+                title,
+                heads,
+                lambda row: [_nats(row), _gap(row), f"{row['perplexity']:.2f}", f"{row['bits_per_byte']:.4f}"],
+                4,
+            )
+        ]
+    if len(found) == 2:
+        heads = [head for name in models for head in (f"*{name}", "*over full")]
+        return [table(title, heads, lambda row: [_nats(row), _gap(row)], 2)]
+    heads = [f"*{name}" for name in models]
+    return [table(title, heads, lambda row: [_nats(row)], 1), table(over, heads, lambda row: [_gap(row)], 1)]
+
+
+def _nats(row: dict) -> str:
+    return f"{row['nats']:.4f}"
 
 
 def _gap(row: dict) -> str | None:
     if row["mode"] == "full":
         return None
-    return f"{row['gap']:+.4f}" + ("" if row["gap_error"] is None else f" ± {row['gap_error']:.4f}")
+    return f"{round(row['gap'], 4) + 0.0:+.4f}" + ("" if row["gap_error"] is None else f" ± {row['gap_error']:.4f}")
 
 
-def _length(found: Sequence[dict]) -> Table:
+def _length(found: Sequence[dict]) -> list[Table]:
     edges = found[0]["length"]["edges"]
     buckets = [f"*{a:,}-{b:,}" for a, b in itertools.pairwise(edges)]
     rows = []
@@ -145,10 +205,10 @@ def _length(found: Sequence[dict]) -> Table:
         f"trained on {found[0]['length']['trained_length']:,} tokens; {found[0]['length']['sequences']} sequences of "
         f"{edges[-1]:,}; RoPE {', '.join(dict.fromkeys(map(rope, found)))}"
     )
-    return Table("length", "Perplexity by position", ("Model", "Attention", *buckets), rows, note)
+    return [Table("length", "Perplexity by position", ("Model", "Attention", *buckets), rows, note)]
 
 
-def _needle(found: Sequence[dict]) -> Table:
+def _needle(found: Sequence[dict]) -> list[Table]:
     contexts = found[0]["needle"]["contexts"]
     rows = []
     for model in found:
@@ -164,13 +224,8 @@ def _needle(found: Sequence[dict]) -> Table:
         f"ranked first / written greedily, means over {len(part['depths'])} depths of {part['cells'][0]['samples']} needles; "
         f"chance {part['chance']:.3f} / 0"
     )
-    return Table(
-        "needle",
-        "Needle in a haystack",
-        ("Model", "Attention", *(f"*{context:,}" for context in contexts), "*margin, nats"),
-        rows,
-        note,
-    )
+    heads = ("Model", "Attention", *(f"*{context:,}" for context in contexts), "*margin, nats")
+    return [Table("needle", "Needle in a haystack", heads, rows, note)]
 
 
 def _mean(cells: Sequence[dict], key: str) -> float:
@@ -189,7 +244,7 @@ ATTENTION_HEADS = (
 )
 
 
-def _attention(found: Sequence[dict]) -> Table:
+def _attention(found: Sequence[dict]) -> list[Table]:
     rows = []
     for model in found:
         layers = [_layer(layer) for layer in model["attention"]["layers"]]
@@ -198,9 +253,8 @@ def _attention(found: Sequence[dict]) -> Table:
             for i in range(len(ATTENTION_HEADS))
         ]
         rows.append((model["name"], *_shown(means)))
-    return Table(
-        "attention", "Attention, means over layers", ("Model", *ATTENTION_HEADS), rows, _attention_note(found[0])
-    )
+    note = _attention_note(found[0])
+    return [Table("attention", "Attention, means over layers", ("Model", *ATTENTION_HEADS), rows, note)]
 
 
 def _layers(model: dict, *, alone: bool) -> Table:

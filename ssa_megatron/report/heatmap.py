@@ -1,6 +1,7 @@
 """Heat maps as inline SVG text: a grid of cells, each as strong as its value, with the value in it where there is room.
 
-Colours come from the page's style sheet by class, as in svg.py. A value that is missing or not finite is an empty cell.
+A scale above the cells says what pale and full mean. Colours come from the page's style sheet by class, as in svg.py. A value
+that is missing or not finite is an empty cell.
 """
 
 from collections.abc import Sequence
@@ -32,6 +33,7 @@ def heat_map(
     parts = [
         f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(label)}" xmlns="http://www.w3.org/2000/svg">',
         f'<text class="unit" x="4" y="13">{escape(y_label)}</text>',
+        *_scale(low, high, role, right=width - 18),
     ]
     for i, (name, row) in enumerate(zip(y, rows, strict=True)):
         top = TOP + i * cell_height
@@ -49,16 +51,35 @@ def heat_map(
     return "\n".join((*parts, "</svg>"))
 
 
+def _scale(low: float, high: float, role: str, *, right: float) -> list[str]:
+    """What the colours mean, above the cells: from the value that is empty to the one that is full."""
+    steps, size, left = 6, 11, right - 34 - 6 * 11
+    boxes = (
+        f'<rect class="cell {role}" x="{left + i * size}" y="5" width="{size}" height="9" '
+        f'fill-opacity="{_strength(i / (steps - 1))}"/>'
+        for i in range(steps)
+    )
+    ends = ((left - 5, "end", low), (left + steps * size + 5, "", high))
+    return [*boxes, *(f'<text class="tick {side}" x="{x}" y="13">{_short(value)}</text>' for x, side, value in ends)]
+
+
+def _strength(share: float) -> str:
+    return f"{0.04 + 0.96 * share:.3f}"
+
+
+def _short(value: float) -> str:
+    return f"{value:.2f}" if abs(value) < 10 else f"{value:.3g}"
+
+
 def _cell(place: tuple[float, float, float, float], value: float, share: float, role: str, says: str) -> list[str]:
     left, top, width, height = place
     rectangle = f'x="{left:.1f}" y="{top:.1f}" width="{width - 1:.1f}" height="{height - 1:.1f}"'
     cell = [
-        f'<rect class="cell {role}" {rectangle} fill-opacity="{0.04 + 0.96 * share:.3f}">'
-        f"<title>{escape(says)}</title></rect>"
+        f'<rect class="cell {role}" {rectangle} fill-opacity="{_strength(share)}"><title>{escape(says)}</title></rect>'
     ]
     if width >= ROOM:
-        ink = "in" if share > 0.55 else "out"
-        text = f"{value:.2f}" if abs(value) < 10 else f"{value:.3g}"
+        # where paper is easier to read than ink: on full colours in both schemes, on middling ones in the dark scheme alone
+        ink = "in" if share > 0.78 else "mid" if share > 0.58 else "out"
         middle = f'x="{left + width / 2:.1f}" y="{top + height / 2 + 4:.1f}"'
-        cell.append(f'<text class="value middle {ink}" {middle}>{text}</text>')
+        cell.append(f'<text class="value middle {ink}" {middle}>{_short(value)}</text>')
     return cell

@@ -1,6 +1,7 @@
 """`ssa evaluate` as a whole: runs and folders give the same numbers, results can be put side by side, mistakes are named."""
 
 import json
+import math
 import re
 from xml.etree import ElementTree
 
@@ -13,6 +14,7 @@ from ssa_megatron.cli import app
 from ssa_megatron.errors import CheckpointError, ConfigError, DataProblem, EnvironmentProblem
 from ssa_megatron.evaluation.command import evaluate
 from ssa_megatron.evaluation.needle import needle
+from ssa_megatron.evaluation.page import write_page
 from ssa_megatron.evaluation.scores import perplexity_by_length, quality_against_budget
 from ssa_megatron.evaluation.settings import Settings
 from ssa_megatron.evaluation.tables import differences, render, tables
@@ -63,13 +65,103 @@ def test_every_table_and_picture_is_on_the_page(done):
         for row in table.rows:
             for cell in row:
                 assert cell is None or str(cell) in page, (table.title, cell)
-    assert page.count("<svg viewBox") == 1 + 1 + 2 * 2 + 2 + 2 * 2
+    wide = len(list(done.glob("budget*.svg"))) + 1
+    assert page.count('<div class="drawing narrow"><svg') == wide  # a telephone gets its own
+    assert page.count("<svg viewBox") == 2 * wide + 2 * 2 + 2 + 2 * 2
     assert "<script" not in page
     assert not re.search(r"(src|href)=|url\(|@import", page)
     for path in done.glob("*.svg"):
         root = ElementTree.fromstring(path.read_text())
         assert root.attrib["width"]
-    assert len(list(done.glob("*.svg"))) == 12
+    assert len(list(done.glob("*.svg"))) == wide + 10
+
+
+def several(done, count: int) -> list[dict]:
+    """`count` models, each a little worse than the one before, without running any."""
+    found = []
+    for number in range(count):
+        model = json.loads(json.dumps(results(done)[0]))
+        model["name"] = f"model {number}"
+        for layer in model["attention"]["layers"]:
+            layer["entropy"] = [entropy + number for entropy in layer["entropy"]]
+        found.append(model)
+    return found
+
+
+def test_the_page_begins_with_one_row_a_model_of_what_is_asked_first(done):
+    (first, *_), (one, _) = tables(results(done)), results(done)
+    assert first.title == "At a glance"
+    shown = dict(zip(first.heads, first.rows[0], strict=True))
+    full, sparse = (next(row for row in one["budget"]["rows"] if row["mode"] == mode) for mode in ("full", "sparse"))
+    sparse = next(row for row in one["budget"]["rows"] if row["block_count"] == 3 and row["mode"] == "sparse")
+    assert shown["*perplexity"] == f"{full['perplexity']:.2f} / {sparse['perplexity']:.2f}"
+    assert shown["*sparse over full, nats"].startswith(f"{sparse['gap']:+.4f}")
+    ends = [next(row for row in one["length"]["rows"] if row["mode"] == "full"), None]
+    ends[1] = next(row for row in one["length"]["rows"] if row["mode"] == "sparse" and row["block_count"] == 3)
+    assert shown["*perplexity, 64-160"] == " / ".join(f"{math.exp(row['nats'][-1]):.2f}" for row in ends)
+    cells = [cell["ranked"] for cell in one["needle"]["cells"] if cell["mode"] == "full"]
+    assert shown["*needles found"].startswith(f"{sum(cells) / len(cells):.2f} / ")
+    only = [{key: value for key, value in one.items() if key not in ("length", "needle", "attention")}]
+    assert tables(only)[0].heads == ("Model", "*perplexity", "*sparse over full, nats")
+    without = {**only[0], "budget": {**one["budget"], "rows": [full]}}  # the own number of blocks was not asked for
+    assert tables([without])[0].rows[0][1:] == (f"{full['perplexity']:.2f} / —", None)
+    assert tables([{key: value for key, value in only[0].items() if key != "budget"}])[0].title == "Models"
+
+
+def test_a_gap_that_rounds_to_nothing_has_no_minus(done):
+    one = several(done, 1)
+    for row in one[0]["budget"]["rows"]:
+        row["gap"], row["gap_error"] = -0.00001, None
+    (budget,) = (table for table in tables(one) if table.part == "budget")
+    assert {row[2] for row in budget.rows[1:]} == {"+0.0000"}
+
+
+def test_tables_of_many_models_are_no_wider_than_the_page(done):
+    """Four models' nats and gaps side by side were cut at the page's edge."""
+    for count, wanted in ((1, 1), (2, 1), (3, 2), (4, 2)):
+        budget = [table for table in tables(several(done, count)) if table.part == "budget"]
+        assert len(budget) == wanted
+        assert all(len(table.heads) <= 5 for table in budget)
+        rows = {row[0] for table in budget for row in table.rows}
+        assert rows == {"full", "sparse k=1", "sparse k=3", "sparse k=all"}
+    assert budget[1].rows[0][1] is None
+    assert all(cell[0] in "+-" for row in budget[1].rows[1:] for cell in row[1:])
+
+
+def test_equal_colours_are_equal_entropies_in_every_model(done, tmp_path):
+    """Each model's map once had a scale of its own."""
+    found = several(done, 3)
+    write_page(tmp_path, found)
+    every = [entropy for model in found for layer in model["attention"]["layers"] for entropy in layer["entropy"]]
+    ends = (f">{min(every):.2f}</text>", f">{max(every):.2f}</text>")
+    scaled = [path.name for path in tmp_path.glob("attention-*.svg") if all(end in path.read_text() for end in ends)]
+    assert len(scaled) == 3
+    shares = {}
+    for number, path in enumerate(sorted(scaled)):
+        said = re.findall(
+            r'fill-opacity="([0-9.]+)"><title>head \d+, layer \d+: ([0-9.e+-]+)</title>', (tmp_path / path).read_text()
+        )
+        assert len(said) == 8
+        for opacity, value in said:
+            share = (float(value) - min(every)) / (max(every) - min(every))
+            assert float(opacity) == pytest.approx(0.04 + 0.96 * share, abs=2e-3)
+        shares[number] = said
+    assert shares[0] != shares[1]
+
+
+def test_budgets_near_the_models_own_have_a_picture_where_the_smallest_dwarf_them(done, tmp_path):
+    found = several(done, 1)
+    gaps = {1: 0.5, 2: 0.002, 3: -0.001, 4: 0.0005, 8: 0.0}
+    row = next(row for row in found[0]["budget"]["rows"] if row["mode"] == "sparse")
+    found[0]["budget"]["rows"][1:] = [{**row, "block_count": count, "gap": gap} for count, gap in gaps.items()]
+    write_page(tmp_path, found)
+    near = (tmp_path / "budget-1.svg").read_text()
+    assert "close to the model" in near
+    assert near.count("<circle") == 4  # 2, 3, 4 and 8 blocks
+    found[0]["budget"]["rows"][1]["gap"] = 0.003
+    write_page(tmp_path, found)
+    assert (tmp_path / "budget.svg").exists()
+    assert not (tmp_path / "budget-1.svg").exists()
 
 
 def test_colours_of_the_page_are_in_its_style_sheet(done):
