@@ -38,7 +38,7 @@ class Agent(LocalElasticAgent):
         self._asked: tuple[int, float] | None = None
         self._ended_at: float | None = None
         self._told_at: float | None = None
-        self._starting = self._over = False
+        self._starting = self._over = self._passed_on = False
         self.killed_by: int | None = None
         """The signal that, given a second time, ended the ranks at once."""
 
@@ -73,6 +73,12 @@ class Agent(LocalElasticAgent):
         # They may have got this very signal too, and a second one of a kind ends them at once: send another kind.
         self._signal(signal.SIGUSR2 if number == signal.SIGUSR1 else signal.SIGUSR1)
 
+    def _pass_on(self) -> None:
+        """Once a start: a rank that was asked before it had met the others has ended alone, and they know nothing of it."""
+        if not self._passed_on:
+            self._passed_on = True
+            self._signal(signal.SIGUSR1)
+
     def _rendezvous(self, worker_group: WorkerGroup) -> None:
         for left in reversed(range(ATTEMPTS)):
             try:
@@ -84,6 +90,7 @@ class Agent(LocalElasticAgent):
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, int]:
         self._ended_at = self._told_at = None
+        self._passed_on = False
         self._starting = True  # a signal now finds ranks that nobody has a list of yet
         try:
             return super()._start_workers(worker_group)
@@ -98,6 +105,8 @@ class Agent(LocalElasticAgent):
         if any(code for code in codes.values()) and None in codes.values():
             self._ended_at = self._ended_at or now
             said = ending(code for code in codes.values() if code is not None)
+            if said == START_AGAIN:
+                self._pass_on()
             if now - self._ended_at < (CRASH if said is None else TIDY):
                 return RunResult(state=WorkerState.HEALTHY)
             self._signal(signal.SIGKILL)
@@ -118,6 +127,8 @@ class Agent(LocalElasticAgent):
             return RunResult(state=WorkerState.UNHEALTHY)
         if result.state == WorkerState.HEALTHY and peers.verdict is not None:
             self._told_at = self._told_at or now
+            if peers.verdict == START_AGAIN:
+                self._pass_on()
             if now - self._told_at > TIDY:
                 self._signal(signal.SIGKILL)
                 return self._finished(worker_group, peers.verdict)

@@ -2,6 +2,7 @@
 
 import os
 import pty
+import re
 import signal
 import socket
 import subprocess
@@ -299,6 +300,34 @@ def test_what_the_launcher_says_on_a_full_disk_ends_nothing():
         command = [sys.executable, "-c", code]
         done = subprocess.run(command, cwd=launch.ROOT, env=launch.environment(), stdout=full, stderr=full, timeout=60)
     assert done.returncode == 75
+
+
+EARLY = """
+import os, pathlib, signal, sys, time
+ended = pathlib.Path("ended")
+if os.environ["RANK"] == "0":  # asked while it loaded its libraries
+    time.sleep(1)
+    ended.touch()
+    sys.exit(75)
+def heard(*_):
+    print(f"heard {time.time() - ended.stat().st_mtime:.1f} s later", flush=True)
+    sys.exit(75)
+signal.signal(signal.SIGUSR1, heard)
+time.sleep(60)
+"""
+
+
+def test_a_rank_that_ended_early_is_followed_by_the_others_at_once(tmp_path):
+    """Once after ten seconds, with SIGKILL: they loaded their libraries, and waited for one that was gone."""
+    (tmp_path / "ssa_megatron").mkdir()
+    (tmp_path / "ssa_megatron" / "__init__.py").touch()
+    (tmp_path / "ssa_megatron" / "__main__.py").write_text(EARLY)
+    command = [sys.executable, "-m", "cluster.launch", "--nproc-per-node", "2", *TRAIN]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=launch.environment(), capture_output=True, text=True, timeout=100, check=False
+    )
+    assert done.returncode == 75, done.stdout + done.stderr
+    assert float(re.search(r"heard (\S+) s later", done.stdout)[1]) < 3
 
 
 @pytest.mark.slow
