@@ -116,6 +116,7 @@ class Cache:
             finally:
                 with suppress(OSError):
                     part.unlink()
+            since = time.monotonic()  # it did come
 
     def _make_room(self, need: int) -> None:
         limit = self._limit
@@ -198,12 +199,11 @@ def _download(url: str, target: Path, patience: Patience, since: float) -> None:
 
     since: when it was first wanted, or something of it last came, by the clock of time.monotonic().
     """
-    arrival, pause, said, number = Arrival(target.parent, target.stem, patience), _FIRST_PAUSE, "no answer", 0
+    arrival, silence = Arrival(target.parent, target.stem, patience), patience.seconds / 2  # so there is time for two
+    pause, said, number = _FIRST_PAUSE, "no answer", 0
     while True:
         number += 1
-        attempt = _Attempt(
-            url, Path(f"{target}.{number}"), patience.seconds / 2
-        )  # of silence; so there is time for two
+        attempt = _Attempt(url, Path(f"{target}.{number}"), silence)
         try:
             while not attempt.is_over():
                 if arrival.seen():
@@ -221,9 +221,10 @@ def _download(url: str, target: Path, patience: Patience, since: float) -> None:
                 said = str(error) or type(error).__name__
             if code in _FOR_GOOD or isinstance(error, FileNotFoundError):
                 raise ShardError(url, f"not there, or no access ({code}: {said})", remedy=_REACH) from error
-            if patience.left(since) <= pause:
+            left = patience.left(since)
+            if left <= _FIRST_PAUSE:
                 raise ShardError(url, f"not to be had within {patience.seconds:g} s ({said})", remedy=_REACH) from error
-        time.sleep(pause * random.uniform(0.5, 1))  # ranks that failed together do not come back together
+        time.sleep(min(pause, left) * random.uniform(0.5, 1))  # ranks that failed together do not come back together
         pause = min(2 * pause, _LONGEST_PAUSE)
 
 

@@ -1,12 +1,14 @@
 """How long trouble is borne: what counts, what starts the clock anew, and that the default is an error within 30 s."""
 
+import hashlib
 import time
 
 import pytest
 
 from pipelines import Access, DatasetError, ShardError, storage
-from pipelines.cache import read_remote
+from pipelines.cache import Cache, Wanted, read_remote
 from pipelines.patience import Patience
+from pipelines.rows import RunRows
 from tests.pipelines.object_store import BUCKET
 from tests.pipelines.relay import relayed
 from tests.pipelines.support import equal, stream, take
@@ -123,6 +125,34 @@ def test_an_object_that_never_gets_further_than_its_beginning_is_an_error(s3):
         with pytest.raises(ShardError, match="not to be had within 3 s"):
             read_remote(url, Access(patience=3))
         assert time.monotonic() - began < 8
+
+
+def test_what_a_stream_computes_itself_may_take_longer_than_patience(prepared, monkeypatch):
+    monkeypatch.setattr("pipelines.stream._GRACE", 0.3)
+    rows = stream(prepared, access=Access(patience=0.3), read_ahead=0, **IN_ORDER)
+    locate = RunRows._locate
+
+    def slowly(self, *where):  # the order of an epoch of a billion rows
+        time.sleep(2.5)
+        return locate(self, *where)
+
+    monkeypatch.setattr(RunRows, "_locate", slowly)
+    assert equal(take(rows, 1), take(stream(prepared, **IN_ORDER), 1))
+
+
+def test_after_a_transfer_that_was_long_and_garbled_the_second_one_has_all_of_the_patience(tmp_path, monkeypatch):
+    data, begun = b"as it is", []
+
+    def download(url, target, patience, since):
+        begun.append((since, time.monotonic()))
+        time.sleep(0.2)
+        target.write_bytes(data if len(begun) == 2 else b"as it is not")
+
+    monkeypatch.setattr("pipelines.cache._download", download)
+    cache = Cache("s3://bucket/data", tmp_path, Access(patience=20))
+    wanted = Wanted("train/index.json", len(data), hashlib.sha256(data).hexdigest())
+    assert cache.fetch(wanted).read_bytes() == data
+    assert begun[1][0] >= begun[0][1] + 0.2
 
 
 def test_an_object_that_is_not_there_is_an_error_at_once(s3):

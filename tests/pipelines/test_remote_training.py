@@ -1,0 +1,108 @@
+"""Two ranks that train from an object store which vanishes in mid-epoch, with default settings, and comes back."""
+
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import pipelines
+from ssa_megatron.train.data import ledger_of_step
+from ssa_megatron.train.metrics import read_metrics
+from tests import launch
+from tests.pipelines.object_store import access
+from tests.pipelines.relay import relayed
+from tests.ssa_megatron.support import recipe_file
+
+pytestmark = pytest.mark.slow  # a minute and a half on two cores
+
+RANKS, STEPS, BATCH = 2, 70, 8
+LIMIT = 30  # seconds from the last step to the end of every rank
+
+
+@pytest.fixture(scope="module")
+def many_shards(documents, tmp_path_factory) -> Path:
+    """A dataset of shards of some fifty rows, so that a store can vanish before all of them are here."""
+    folder = tmp_path_factory.mktemp("many")
+    tokenizer = pipelines.train_tokenizer(iter(documents), folder / "t.model", vocab_size=400)
+    options = {"row_length": 33, "validation_fraction": 0.0, "part_bytes": 5000}
+    pipelines.prepare(iter(documents), tokenizer, folder / "data", **options)
+    assert len(list((folder / "data" / "train").glob("*.mds"))) > 40
+    return folder / "data"
+
+
+def start(recipe: Path, data: str, run: Path, **environment: str) -> list[subprocess.Popen]:
+    """Both ranks, without a launcher, whose end would end the other one too."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    meeting = {
+        "WORLD_SIZE": str(RANKS),
+        "LOCAL_WORLD_SIZE": str(RANKS),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }
+    command = [sys.executable, "-W", "ignore", "-m", "ssa_megatron", "train", str(recipe), f"data.path={data}"]
+    return [
+        subprocess.Popen(
+            [*command, "--run-folder", str(run)],
+            cwd=launch.ROOT,
+            env=launch.environment(**meeting, RANK=str(rank), LOCAL_RANK=str(rank), **environment),
+            text=True,
+            stdout=(run.parent / f"{run.name}-{rank}.log").open("w"),
+            stderr=subprocess.STDOUT,
+        )
+        for rank in range(RANKS)
+    ]
+
+
+def ended(ranks: list[subprocess.Popen], seconds: float) -> list[int]:
+    """The ranks' exit codes; what is not over in time is killed, and its code is -9."""
+    end = time.monotonic() + seconds
+    for rank in ranks:
+        try:
+            rank.wait(max(end - time.monotonic(), 0))
+        except subprocess.TimeoutExpired:
+            rank.kill()
+    return [rank.wait() for rank in ranks]
+
+
+def losses(run: Path) -> list[tuple[int, float]]:
+    path = run / "metrics.jsonl"
+    return [(line["step"], line["loss"]) for line in read_metrics(path)] if path.exists() else []
+
+
+def test_a_store_that_vanishes_in_mid_epoch_ends_both_ranks_within_30_s_and_the_run_goes_on_when_it_is_back(
+    s3, many_shards, tmp_path
+):
+    options = {"model__vocab_size": 400, "logging__tensorboard": False, "train__global_batch_rows": BATCH}
+    options |= {"train__eval_interval": 0, "checkpoint__interval": 10, "data__cache": str(tmp_path / "cache")}
+    recipe = recipe_file(tmp_path, many_shards, train__steps=STEPS, data__shuffle_block=1, **options)
+    url, run, whole = s3.put_folder(many_shards, "data"), tmp_path / "run", tmp_path / "whole"
+    assert ended(start(recipe, str(many_shards), whole), 120) == [0, 0], (tmp_path / "whole-0.log").read_text()
+    expected = losses(whole)
+    with relayed(s3) as relay:
+        ranks = start(recipe, url, run, **access(relay.url))
+        while len(losses(run)) < 2 and all(rank.poll() is None for rank in ranks):
+            time.sleep(0.02)
+        relay.gone()
+        codes = ended(ranks, 90)  # rows that were fetched ahead come first
+        seconds = time.time() - (run / "metrics.jsonl").stat().st_mtime
+        said = [(tmp_path / f"run-{rank}.log").read_text() for rank in range(RANKS)]
+        assert codes == [3, 3], said
+        assert seconds < LIMIT
+        assert sum(text.count(f"error: shard {url}/train/shard.") for text in said) == 1, said
+        assert "not to be had within 20 s" in "".join(said)
+        assert "Traceback" not in "".join(said)
+        done = losses(run)
+        assert 2 < len(done) < STEPS
+        assert done == expected[: len(done)]
+
+        relay.back()
+        rows = [row for step in range(1, len(done) + 1) for row in ledger_of_step(run, step)]
+        assert len(rows) == len(done) * BATCH == len({(row["source"], row["epoch"], row["row"]) for row in rows})
+        assert ended(start(recipe, url, run, **access(relay.url)), 120) == [0, 0]
+    assert losses(run) == expected
+    print(f"ended {seconds:.1f} s after the last step, {len(done)} steps done")
