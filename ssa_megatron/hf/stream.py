@@ -76,7 +76,8 @@ class Continuation:
         self.model, self.tokenizer, self.settings = model, tokenizer, settings
         self.mode = settings.mode or model.config.inference_mode
         self.tokens: list[int] = []
-        self._prompt = tokenizer(prompt, return_tensors="pt")["input_ids"].to(model.device)
+        # not verbose: a prompt longer than training's would be said to end in indexing errors, and does not
+        self._prompt = tokenizer(_utf8(prompt), return_tensors="pt", verbose=False)["input_ids"].to(model.device)
         self._prefill_s = self._decode_s = 0.0
         self._decoder = None
 
@@ -117,9 +118,13 @@ class Continuation:
     def _make_decoder(self):
         s, kind = self.settings, self.model.config.attention_kind
         if self.model.device.type == "cuda" and kind != "nsa":
-            capacity = self._prompt.shape[1] + s.max_new_tokens
-            return Decoder(self.model, 1, capacity, mode=self.mode, block_count=s.block_count)
+            return Decoder(self.model, 1, self.reach, mode=self.mode, block_count=s.block_count)
         return CachedModel(self.model, mode=self.mode, block_count=s.block_count)
+
+    @property
+    def reach(self) -> int:
+        """Tokens of the prompt and of the longest text that may follow."""
+        return self._prompt.shape[1] + self.settings.max_new_tokens
 
     @property
     def figures(self) -> str:
@@ -169,6 +174,8 @@ def run(target: Path, prompts: Iterable[str], settings: Settings, *, device: str
 
 def _continue(model, tokenizer, prompt: str, settings: Settings) -> None:
     made = Continuation(model, tokenizer, prompt, settings)
+    if made.reach > model.config.max_position_embeddings:
+        _say(f"up to {made.reach} tokens; the model was trained on {model.config.max_position_embeddings}")
     for piece in made:
         print(piece, end="", flush=True)
     print(flush=True)
@@ -183,11 +190,24 @@ def _lines(interactive: bool) -> Iterator[str]:
         try:
             line = sys.stdin.readline()
         except UnicodeDecodeError as error:
-            raise DataProblem(f"standard input is not UTF-8 text ({error})", remedy="convert it first") from None
+            raise _not_utf8(str(error)) from None
         if not line or (interactive and not line.strip()):
             return
         if line.strip():
             yield line.rstrip("\n")
+
+
+def _utf8(text: str) -> str:
+    """The text. Raises DataProblem for bytes that Python let through as lone surrogates, as it does in the C locale."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise _not_utf8(ascii(text[:60])) from None
+    return text
+
+
+def _not_utf8(what: str) -> DataProblem:
+    return DataProblem(f"a prompt is not UTF-8 text ({what})", remedy="convert it first")
 
 
 def _command(settings: Settings, line: str) -> tuple[Settings, str | None]:

@@ -1,7 +1,10 @@
 """`ssa generate`: streamed text is the text, figures are apart from it, and a terminal's commands do what they say."""
 
 import io
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -132,3 +135,26 @@ def test_wrong_settings_and_targets_are_named(tmp_path, monkeypatch, folder):
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff\xfe"), encoding="utf-8"))
     with pytest.raises(DataProblem, match="not UTF-8"):
         stream.run(folder, (), Settings())
+
+
+def test_a_prompt_that_is_not_utf8_ends_in_one_line(folder):
+    """In the C locale Python lets such bytes through as lone surrogates, which the tokenizer answered with a TypeError."""
+    command = [sys.executable, "-W", "ignore", "-m", "ssa_megatron", "generate", str(folder)]
+    plain = {
+        key: value for key, value in os.environ.items() if not key.startswith(("LC_", "PYTHONUTF8", "PYTHONIOENC"))
+    }
+    for arguments, piped in (([], b"caf\xe9\n"), ([b"caf\xe9"], b"")):
+        done = subprocess.run([*command, *arguments], input=piped, capture_output=True, env=plain | {"LANG": "C"})
+        assert done.returncode == 3, done.stderr
+        assert done.stdout == b""
+        assert b"error: a prompt is not UTF-8 text" in done.stderr
+        assert b"Traceback" not in done.stderr
+
+
+def test_a_text_longer_than_training_is_said_to_be_and_nothing_else_is(folder, capsys, caplog):
+    stream.run(folder, ["word " * 130], Settings(max_new_tokens=1))
+    said = capsys.readouterr().err
+    assert re.search(r"\[up to \d{3} tokens; the model was trained on 128\]", said)
+    stream.run(folder, ["word"], Settings(max_new_tokens=1))
+    assert "trained on" not in capsys.readouterr().err
+    assert "indexing errors" not in said + caplog.text
