@@ -178,7 +178,8 @@ def world_size() -> int:
     if "WORLD_SIZE" not in os.environ and tasks != "1":  # one would win the run folder, and train alone
         raise ConfigError(
             f"srun started {tasks} processes, and nothing has told them of each other",
-            remedy="cluster/submit; or srun --ntasks-per-node=1 python -m cluster.launch --nproc-per-node N train ...",
+            remedy="cluster/submit; or srun --ntasks-per-node=1 python -m cluster.launch --nproc-per-node N train ...; "
+            "one process on purpose, as in a shell that srun --pty gave: WORLD_SIZE=1 ssa train ...",
         )
     return int(os.environ.get("WORLD_SIZE", "1"))
 

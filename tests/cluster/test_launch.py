@@ -114,6 +114,9 @@ def test_ranks_that_srun_started_without_a_launcher_are_told_how_to(tmp_path):
     assert "srun started 8 processes, and nothing has told them of each other" in said
     assert "srun --ntasks-per-node=1 python -m cluster.launch" in said
     assert not run.exists()
+    alone = {"SLURM_STEP_NUM_TASKS": "8", "WORLD_SIZE": "1"}  # a shell of `srun --pty`, as the remedy says
+    said = launch.run(1, "ssa_megatron", "train", "demo", "--run-folder", str(run), expect=2, **alone)
+    assert "data.path is not given" in said
 
 
 def test_host_names_with_a_domain_and_ports_are_told_apart():
