@@ -34,6 +34,10 @@ class Patience:
         finally:
             self._since = float("inf")
 
+    def end(self) -> None:
+        """Nobody will wait again: what is under way counts all of its trouble, so that no thread goes on for ever."""
+        self._since = float("-inf")
+
     def alive(self) -> None:
         """Something has come, or is being done that is no wait: noted in `moved`, by the clock of time.monotonic()."""
         self.moved = time.monotonic()

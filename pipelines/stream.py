@@ -148,6 +148,7 @@ class TrainStream:
     def close(self) -> None:
         """Ends the threads; the stream cannot be read afterwards. A process may also simply exit."""
         self._drop_pending()
+        self._patience.end()
         self._thread.close(5)
         if self._fetchers is not None:
             self._fetchers.close(0)
@@ -222,6 +223,7 @@ def evaluation_rows(
             for begin in begins:
                 yield _waited_for(thread.submit(read, begin), patience, readers)
         finally:
+            patience.end()
             thread.close(0)
 
     return batches()

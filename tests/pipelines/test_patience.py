@@ -127,6 +127,20 @@ def test_an_object_that_never_gets_further_than_its_beginning_is_an_error(s3):
         assert time.monotonic() - began < 8
 
 
+def test_a_closed_stream_does_not_go_on_asking_a_store_that_is_gone(s3, url, tmp_path):
+    with relayed(s3) as relay:
+        rows = stream(url, access=Access(tmp_path / "cache", patience=1), read_ahead=4, **IN_ORDER)
+        take(rows, 1)
+        relay.gone()
+        take(rows, int(rows.rows.readers[0].rows_per_shard[0]) - 4)  # the next shard is being read ahead, or fetched
+        threads = [*rows._thread._threads, *rows._fetchers._threads]
+        assert rows.rows.readers[0]._coming
+        rows.close()
+        for thread in threads:
+            thread.join(10)
+        assert not any(thread.is_alive() for thread in threads)
+
+
 def test_what_a_stream_computes_itself_may_take_longer_than_patience(prepared, monkeypatch):
     monkeypatch.setattr("pipelines.stream._GRACE", 0.3)
     rows = stream(prepared, access=Access(patience=0.3), read_ahead=0, **IN_ORDER)
