@@ -35,10 +35,18 @@ INTRODUCTIONS = {
 }
 
 
+class Picture(NamedTuple):
+    title: str
+    svg: str
+    legend: list[tuple[str, str]]
+    """(mark and role, text)"""
+    narrow: str = ""
+    """The same for a telephone, where a picture as wide as the page would be too small to read."""
+
+
 def write_page(out: Path, found: Sequence[dict]) -> Path:
     """Write `out/report.html` and `out/*.svg`; each replaces an earlier one in one rename. Returns the page's path."""
-    style = "\n".join(path.read_text(encoding="utf-8") for path in STYLES)
-    drawn = {part: list(draw(found)) for part, draw in PICTURES.items()}
+    style, drawn, text = compose(found)
     for path in out.glob("*.svg"):
         if re.fullmatch(
             rf"({'|'.join(PICTURES)})(-\d+)?\.svg", path.name
@@ -48,6 +56,14 @@ def write_page(out: Path, found: Sequence[dict]) -> Path:
         for number, one in enumerate(pictures):
             name = f"{part}-{number}.svg" if len(pictures) > 1 else f"{part}.svg"
             replace_durably(out / name, standalone(one.title, one.svg, one.legend, style))
+    replace_durably(out / "report.html", text)
+    return out / "report.html"
+
+
+def compose(found: Sequence[dict]) -> tuple[str, dict[str, list[Picture]], str]:
+    """Style sheet, pictures by part, and the page. Where results lack something, or hold another type: what Python raises."""
+    style = "\n".join(path.read_text(encoding="utf-8") for path in STYLES)
+    drawn = {part: list(draw(found)) for part, draw in PICTURES.items()}
     every = tables(found, detail=True)
     sections = [
         _section(part, [table for table in every if table.part == part], drawn.get(part, []))
@@ -55,7 +71,7 @@ def write_page(out: Path, found: Sequence[dict]) -> Path:
     ]
     title = "Evaluation of " + ", ".join(model["name"] for model in found)
     warnings = "".join(f'<p class="warn">{escape(line)}</p>' for line in differences(found))
-    text = (
+    page = (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">\n"
@@ -66,8 +82,7 @@ def write_page(out: Path, found: Sequence[dict]) -> Path:
         f"<footer>Written {time.strftime('%Y-%m-%d %H:%M')}; results.json beside this page holds every number.</footer>\n"
         "</body>\n</html>\n"
     )
-    replace_durably(out / "report.html", text)
-    return out / "report.html"
+    return style, drawn, page
 
 
 def standalone(title: str, svg: str, legend: Sequence[tuple[str, str]], style: str) -> str:
@@ -92,15 +107,6 @@ def standalone(title: str, svg: str, legend: Sequence[tuple[str, str]], style: s
 
 
 # ------------------------------------------------------------------------------------------------------------ pictures
-class Picture(NamedTuple):
-    title: str
-    svg: str
-    legend: list[tuple[str, str]]
-    """(mark and role, text)"""
-    narrow: str = ""
-    """The same for a telephone, where a picture as wide as the page would be too small to read."""
-
-
 def _wide(title: str, layers: Sequence[Layer], legend: list[tuple[str, str]], **how) -> Picture:
     """A chart as wide as the page; `how` as for `chart`."""
     sizes = (WIDE, NARROW)

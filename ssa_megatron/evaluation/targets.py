@@ -16,6 +16,7 @@ import torch
 
 from ssa_megatron.config import Recipe
 from ssa_megatron.errors import CheckpointError, ConfigError
+from ssa_megatron.evaluation.page import compose
 from ssa_megatron.hf.generate import open_folder
 
 SCHEMA = "ssa-evaluation/1"
@@ -69,6 +70,13 @@ def earlier(path: Path) -> list[dict]:
         raise CheckpointError(f"{path}: not results of an evaluation ({error!r})", remedy="evaluate again") from None
     if schema != SCHEMA:
         raise CheckpointError(f"{path}: schema {schema}, this release reads {SCHEMA}", remedy="evaluate again")
+    try:
+        if models:
+            compose(models)  # now, and not after minutes of measuring the models that stand beside them
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(
+            f"{path}: damaged results of an evaluation ({error!r})", remedy="evaluate again"
+        ) from None
     return models
 
 
@@ -117,7 +125,10 @@ def not_finite(opened: "Opened", mode: str) -> CheckpointError:
 
 
 def _identity(name: str, target: Path, folder: Path, model) -> dict:
-    parity = json.loads((folder / "parity.json").read_text(encoding="utf-8"))
+    try:
+        parity = dict(json.loads((folder / "parity.json").read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{folder / 'parity.json'}: damaged ({error})", remedy="export the run again") from None
     config = model.config
     return {
         "name": name,

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 from xml.etree import ElementTree
 
 import pytest
@@ -330,6 +331,39 @@ def test_what_does_not_fit_is_refused_before_anything_is_measured(folder, writte
     with pytest.raises(ConfigError, match="20 tokens do not hold the needle"):
         evaluate([folder], Settings(lengths=(20, 64)), out=tmp_path, sources=[str(written)])
     assert "budget" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda models: models[0]["budget"]["rows"][0].pop("nats"),
+        lambda models: models[0]["attention"]["bins"][0].pop("bound"),  # of the pictures alone
+        lambda models: models[1].pop("versions"),  # of the settings at the page's end
+        lambda models: models.insert(0, {}),
+        lambda models: models.insert(0, "a model"),
+        lambda models: models[0].update(length=[]),
+    ],
+)
+def test_damaged_results_are_refused_before_anything_is_measured(done, folder, tmp_path, damage):
+    models = results(done)
+    damage(models)
+    (tmp_path / "results.json").write_text(json.dumps({"schema": SCHEMA, "models": models}))
+    with pytest.raises(CheckpointError, match="damaged results of an evaluation") as raised:
+        evaluate([folder, tmp_path / "results.json"], SMALL, out=tmp_path / "out")
+    assert "\n" not in raised.value.problem
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_damaged_parity_report_is_named(folder, tmp_path):
+    for content in ("{", "[1]"):
+        shutil.rmtree(tmp_path / "broken", ignore_errors=True)
+        shutil.copytree(folder, tmp_path / "broken")
+        (tmp_path / "broken" / "parity.json").write_text(content)
+        with (
+            pytest.raises(CheckpointError, match=r"parity\.json: damaged"),
+            opened(tmp_path / "broken", "broken", step=None, device="cpu", dtype=None),
+        ):
+            pass
 
 
 def test_pictures_of_an_earlier_evaluation_do_not_stay(done, folder, written, tmp_path):
