@@ -7,7 +7,6 @@ extra or misshapen weights, and tokenizers that could not be converted exactly.
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,11 +17,11 @@ from torch import Tensor
 
 from pipelines import DataError, Tokenizer
 from ssa_megatron.errors import CheckpointError, ConfigError, DataProblem
-from ssa_megatron.files import sync_folder
 from ssa_megatron.hf.card import measured, model_card
 from ssa_megatron.hf.configuration_ssa import SSAConfig
 from ssa_megatron.hf.modeling_ssa import SSAForCausalLM
 from ssa_megatron.hf.parity import prove
+from ssa_megatron.hf.staging import staged
 from ssa_megatron.hf.tokenizer import write_tokenizer
 
 SHARD_BYTES = 5_000_000_000
@@ -42,8 +41,8 @@ def export(source, out: str | Path, *, step: int | None = None, dtype: str | tor
 
     `source`: a run folder (its newest checkpoint, or that of `step`), a step folder, or an open Checkpoint. `dtype`:
     "bf16", "fp16", "fp32" or a torch dtype; None keeps the working precision of training. One shard of weights is in
-    memory at a time while writing, one layer while comparing. Raises CheckpointError, ConfigError, DataProblem;
-    then nothing is left behind.
+    memory at a time while writing, one layer while comparing. Raises CheckpointError, ConfigError, DataProblem,
+    EnvironmentProblem; then nothing is left behind.
     """
     out = Path(out)
     if out.exists() or out.is_symlink():
@@ -56,11 +55,7 @@ def export(source, out: str | Path, *, step: int | None = None, dtype: str | tor
     config = config_of(checkpoint.recipe)
     expected = expected_shapes(config)
     check_names(checkpoint.names(), expected)
-    temporary = out.with_name(f".tmp-{out.name}-{os.getpid()}")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    try:
+    with staged(out) as temporary:
         marks = _write_tokenizer(checkpoint, config, temporary)
         written = write_weights(open_weights(checkpoint, expected, dtype), temporary)
         _write_config(config, written, marks, temporary)
@@ -73,12 +68,6 @@ def export(source, out: str | Path, *, step: int | None = None, dtype: str | tor
         )
         parity["files"] = {path.name: _sha256(path) for path in sorted(temporary.iterdir())}
         _write_json(temporary / "parity.json", parity)
-        _sync(temporary)
-        temporary.rename(out)
-        sync_folder(out.parent)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
     return out
 
 
@@ -253,9 +242,3 @@ def _sha256(path: Path) -> str:
 
 def _write_json(path: Path, content: dict) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _sync(folder: Path) -> None:
-    for path in folder.iterdir():
-        sync_folder(path)
-    sync_folder(folder)

@@ -8,8 +8,6 @@ The run folder is made beside its final name and renamed at the end: an import t
 existing run folder, a tokenizer larger than the vocabulary, and everything that folder.py and origins.py refuse.
 """
 
-import os
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -18,9 +16,10 @@ from ssa_megatron.checkpoint.start import write_start
 from ssa_megatron.config import Recipe, dump_recipe, resolve
 from ssa_megatron.config.recipe import apply_override, differences
 from ssa_megatron.errors import ConfigError, DataProblem
-from ssa_megatron.files import sync_folder, write_durably
+from ssa_megatron.files import write_durably
 from ssa_megatron.hf.folder import HubFolder
 from ssa_megatron.hf.origins import Origin, check_kind, origin_of, weights_of
+from ssa_megatron.hf.staging import staged
 
 LONGEST_ROW = 8192
 
@@ -32,7 +31,7 @@ def import_folder(
 
     overrides: `section.field=value`; attention may differ from the folder's, the model may not. tokenizer: where the folder
     has none that can be used. One tensor is in memory at a time, and one file's worth while it is written. Raises
-    ConfigError, DataProblem, pipelines.DataError, CheckpointError; then nothing is left behind.
+    ConfigError, DataProblem, pipelines.DataError, CheckpointError, EnvironmentProblem; then nothing is left behind.
     """
     run = Path(run)
     if run.exists() or run.is_symlink():
@@ -47,21 +46,11 @@ def import_folder(
             f"{own.path}: {own.vocab_size} tokens, the model has {recipe.model.vocab_size} embeddings",
             remedy="give the tokenizer the model was trained with: --tokenizer FILE",
         )
-    temporary = run.with_name(f".tmp-{run.name}-{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        temporary.mkdir(parents=True)
+    with staged(run) as temporary:
         for name, content in own.files.items():
             (temporary / name).write_bytes(content)
         write_durably(temporary / "recipe.yaml", dump_recipe(recipe))
         write_start(temporary, recipe, weights, tokenizer_fingerprint=own.fingerprint)
-        for path in (*temporary.iterdir(), temporary):
-            sync_folder(path)
-        temporary.rename(run)
-        sync_folder(run.parent)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
     return recipe
 
 

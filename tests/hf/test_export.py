@@ -1,19 +1,22 @@
 """Export of a checkpoint in the real format: weights bit for bit, any dtype, several shards, and every refusal."""
 
 import dataclasses
+import errno
 import hashlib
 import json
+import os
 import shutil
 
 import pytest
 import tokenizers
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import pipelines
 from ssa_megatron.checkpoint.manifest import Manifest, step_folder
 from ssa_megatron.checkpoint.reader import Checkpoint
-from ssa_megatron.errors import CheckpointError, ConfigError, DataProblem
+from ssa_megatron.errors import CheckpointError, ConfigError, DataProblem, EnvironmentProblem
 from ssa_megatron.hf import export as export_module
 from ssa_megatron.hf import modeling_ssa
 from ssa_megatron.hf.export import config_of, expected_shapes, export, open_weights, write_weights
@@ -323,6 +326,31 @@ def test_an_interrupted_export_leaves_nothing(tmp_path, run, monkeypatch):
 
     monkeypatch.setattr(export_module, "_check", interrupted)
     assert_refused(KeyboardInterrupt, None, run, tmp_path / "out")
+
+
+def test_a_place_that_cannot_be_written_and_a_full_disk_are_named(tmp_path, run, folder, monkeypatch):
+    """Both ended in a traceback."""
+    (tmp_path / "file").write_text("")
+    for make, source in ((export, run), (import_folder, folder)):
+        with pytest.raises(EnvironmentProblem, match=r"file/model: (Not a directory|File exists) \(.*file") as raised:
+            make(source, tmp_path / "file" / "model")
+        assert raised.value.exit_code == 7
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(export_module, "write_weights", full)
+    assert_refused(EnvironmentProblem, "out: No space left on device", run, tmp_path / "out")
+
+    def full_for_safetensors(*_, **__):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(export_module, "write_weights", full_for_safetensors)
+    assert_refused(EnvironmentProblem, "No space left on device", run, tmp_path / "out")
+    monkeypatch.setattr("ssa_megatron.hf.importing.write_start", full)
+    with pytest.raises(EnvironmentProblem, match="No space left on device"):
+        import_folder(folder, tmp_path / "imported")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_weights_are_read_one_at_a_time_in_model_order(run):
