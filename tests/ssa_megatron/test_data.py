@@ -6,7 +6,7 @@ import pytest
 from typer.testing import CliRunner
 
 import pipelines
-from ssa_megatron import cli
+from ssa_megatron import cli, cli_data
 from ssa_megatron.config import dump_recipe
 from tests import launch
 from tests.pipelines.object_store import object_store
@@ -77,10 +77,13 @@ def test_a_dataset_in_a_store_is_verified_and_counted_from_the_command_line(data
 def test_a_path_with_an_equals_sign_is_no_named_source(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "lang=en").mkdir()
-    assert cli._named(["lang=en/part-0.parquet", "lang=en/*.jsonl"]) == ["lang=en/part-0.parquet", "lang=en/*.jsonl"]
-    assert cli._named(["lang=en/a.txt", "/data/lang=en/a.txt", "s3://bucket/lang=en/"]) == [
+    assert cli_data._named(["lang=en/part-0.parquet", "lang=en/*.jsonl"]) == [
+        "lang=en/part-0.parquet",
+        "lang=en/*.jsonl",
+    ]
+    assert cli_data._named(["lang=en/a.txt", "/data/lang=en/a.txt", "s3://bucket/lang=en/"]) == [
         "lang=en/a.txt", "/data/lang=en/a.txt", "s3://bucket/lang=en/"
     ]  # fmt: skip
-    assert cli._named(["web=lang=en/a.txt", "web=b", "code=c"]) == {"web": ["lang=en/a.txt", "b"], "code": ["c"]}
-    with pytest.raises(cli.ConfigError, match=r"source 'lang=en/a\.txt' has no name and others have"):
-        cli._named(["lang=en/a.txt", "code=c"])
+    assert cli_data._named(["web=lang=en/a.txt", "web=b", "code=c"]) == {"web": ["lang=en/a.txt", "b"], "code": ["c"]}
+    with pytest.raises(cli_data.ConfigError, match=r"source 'lang=en/a\.txt' has no name and others have"):
+        cli_data._named(["lang=en/a.txt", "code=c"])
