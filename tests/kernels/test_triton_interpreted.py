@@ -67,6 +67,7 @@ else:
     @pytest.mark.parametrize("heads", [(1, 1), (4, 2)], ids=str)
     def test_equal_scores_go_to_the_lower_blocks(heads):
         (q, k, _, _), _ = inputs(1, 500, *heads, 16, n_q=40, grad=False)
+        k[..., 1:] = 0  # a sum of one product: however a CPU's matrix product adds, equal columns stay equal
         index, k = places(500, 40), k[:, :1].expand(-1, 500, -1, -1)
         blocks = kernels.select_blocks(q, k, BlockSpec(2, 9), query_index=index, backend="triton")
         own = index[:, None] // 2
