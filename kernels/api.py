@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from . import checks, torch_backend
+from .autograd import plain
 from .spec import AttentionStatistics, BlockSpec
 
 try:
@@ -81,7 +82,8 @@ def select_blocks(
     """
     scale, backend = _common(q, k, None, scale, doc_starts, query_index, backend)
     checks.check_spec(spec)
-    return _streams(backend).select_blocks(q, k, spec, scale, doc_starts, query_index)
+    with plain(q):
+        return _streams(backend).select_blocks(q, k, spec, scale, doc_starts, query_index)
 
 
 def full_attention(
@@ -97,7 +99,8 @@ def full_attention(
     """Causal softmax attention inside each document. Returns [B, Nq, Hq, D] in q's dtype. Raises
     KernelArgumentError."""
     scale, backend = _common(q, k, v, scale, doc_starts, query_index, backend)
-    return _streams(backend).full_attention(q, k, v, scale, doc_starts, query_index)
+    with plain(q):
+        return _streams(backend).full_attention(q, k, v, scale, doc_starts, query_index)
 
 
 def sparse_attention(
@@ -122,7 +125,8 @@ def sparse_attention(
     checks.check_spec(spec)
     if blocks is not None:
         checks.check_blocks(blocks, q, k)
-    return _streams(backend).sparse_attention(q, k, v, spec, scale, doc_starts, query_index, blocks)
+    with plain(q):
+        return _streams(backend).sparse_attention(q, k, v, spec, scale, doc_starts, query_index, blocks)
 
 
 def ssa_attention(
@@ -156,7 +160,8 @@ def ssa_attention(
     checks.need(trunk in ("full", "sparse"), "trunk", repr(trunk), "'full' or 'sparse'")
     if blocks is not None:
         checks.check_blocks(blocks, q, k)
-    return _streams(backend).ssa_attention(q, k, v, gate, spec, trunk, scale, doc_starts, query_index, blocks)
+    with plain(q):
+        return _streams(backend).ssa_attention(q, k, v, gate, spec, trunk, scale, doc_starts, query_index, blocks)
 
 
 def compressed_attention(
@@ -177,7 +182,8 @@ def compressed_attention(
     """
     scale, backend = _common(q, k, v, scale, doc_starts, query_index, backend)
     checks.check_spec(spec)
-    return _streams(backend).compressed_attention(q, k, v, spec, scale, doc_starts, query_index)
+    with plain(q):
+        return _streams(backend).compressed_attention(q, k, v, spec, scale, doc_starts, query_index)
 
 
 def window_attention(
@@ -197,7 +203,8 @@ def window_attention(
     """
     scale, backend = _common(q, k, v, scale, doc_starts, query_index, backend)
     checks.need(isinstance(window, int) and window >= 1, "window", window, "an integer of at least 1 (tokens)")
-    return _streams(backend).window_attention(q, k, v, window, scale, doc_starts, query_index)
+    with plain(q):
+        return _streams(backend).window_attention(q, k, v, window, scale, doc_starts, query_index)
 
 
 def attention_statistics(
@@ -217,4 +224,5 @@ def attention_statistics(
     """
     scale, _ = _common(q, k, None, scale, doc_starts, query_index, backend)
     checks.check_spec(spec)
-    return torch_backend.attention_statistics(q, k, spec, scale, doc_starts, query_index)
+    with plain(q):
+        return torch_backend.attention_statistics(q, k, spec, scale, doc_starts, query_index)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from . import api, checks, torch_decode
+from .autograd import plain
 from .cache import STEP, KVCache, PagedKVCache
 from .spec import BlockSpec
 
@@ -56,7 +57,7 @@ def cached_attention(
     scale, backend = _check(q, cache, spec, mode, scale, backend)
     if mode == "full" or (spec.topk == "exact" and spec.block_count >= cache.slots):
         spec = None  # a budget that covers the cache selects every block
-    with torch.no_grad():
+    with torch.no_grad(), plain(q):
         if q.shape[1] > STEP:
             return _prefill(q, cache, spec, scale, backend)
         if backend == "torch":
@@ -77,7 +78,7 @@ def cached_blocks(
     `select_blocks` returns them; rows whose place is negative are -1. Raises KernelArgumentError."""
     scale, backend = _check(q, cache, spec, "sparse", scale, backend)
     checks.need(q.shape[1] <= STEP, "q.shape[1]", q.shape[1], f"at most {STEP}; select_blocks routes a prefill")
-    with torch.no_grad():
+    with torch.no_grad(), plain(q):
         if backend == "torch":
             return torch_decode.select(q, cache, spec, scale)
         return _decode(q.contiguous(), cache, spec, scale)[1]

@@ -17,12 +17,20 @@ T = TypeVar("T")
 
 
 def remembered(doc_starts_bn: Tensor, name: str, make: Callable[[], T]) -> T:
-    """make(), kept on the tensor itself: every layer of a micro-batch asks the same of the same `doc_starts`."""
+    """make(), kept on the tensor itself: every layer of a micro-batch asks the same of the same `doc_starts`.
+
+    One result a name, of the tensor's present contents: a buffer that each step overwrites keeps no more than one. Nothing
+    is kept where contents are not known to be the same: an inference tensor counts no changes, and a CUDA graph that is
+    captured with what was computed before, or keeps what its replays overwrite, would be wrong for the next documents.
+    """
+    captured = doc_starts_bn.is_cuda and torch.cuda.is_current_stream_capturing()
+    if captured or doc_starts_bn.is_inference():
+        return make()
     kept = doc_starts_bn.__dict__.setdefault("_kernels_layout", {})
-    key = name, doc_starts_bn._version
-    if key not in kept:
-        kept[key] = make()
-    return kept[key]
+    version, result = kept.get(name, (None, None))
+    if version != doc_starts_bn._version:
+        version, result = kept[name] = doc_starts_bn._version, make()
+    return result
 
 
 def slot_count(n: int, block_size: int) -> int:

@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from .autograd import first_order, unchanged
 from .layout import key_slots, slot_count, slot_starts
 from .spec import AttentionStatistics, BlockSpec
 from .torch_routing import pooled_blocks, select_blocks
@@ -213,14 +213,14 @@ class _OneStream(torch.autograd.Function):
             weight, total, lse_rows = _softmax_parts(score)
             _store(out, tile, g, _normalised(weight, total, v_h[tile.b, tile.heads, tile.cols]))
             _store(lse, tile, g, lse_rows)
-        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.save_for_backward(q, k, v, out, lse, *unchanged(g.doc_starts, g.blocks))
         ctx.g, ctx.scale = g, scale
         return out
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, d_out):
-        q, k, v, out, lse = ctx.saved_tensors
+        q, k, v, out, lse, *_ = ctx.saved_tensors
         g, scale = ctx.g, ctx.scale
         k_h, v_h, space = _per_head(k, g.work), _per_head(v, g.work), Workspace(q.device)
         dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -259,14 +259,15 @@ class _TwoStreams(torch.autograd.Function):
             _store(out, tile, g, (o_full if trunk == "full" else o_sparse) * gate_rows)
             difference = o_full.to(q.dtype).to(g.work).sub_(o_sparse.to(q.dtype)).mul_(gate_rows)
             loss += F.smooth_l1_loss(difference, difference.new_zeros(()).expand_as(difference), reduction="sum")
-        ctx.save_for_backward(q, k, v, gate, full, sparse, lse_full, lse_sparse)
+        saved = unchanged(g.doc_starts, g.blocks)
+        ctx.save_for_backward(q, k, v, gate, full, sparse, lse_full, lse_sparse, *saved)
         ctx.g, ctx.scale, ctx.trunk = g, scale, trunk
         return out, loss * (2 / q.numel())
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, d_out, d_loss):
-        q, k, v, gate, full, sparse, lse_full, lse_sparse = ctx.saved_tensors
+        q, k, v, gate, full, sparse, lse_full, lse_sparse, *_ = ctx.saved_tensors
         g, scale = ctx.g, ctx.scale
         k_h, v_h, space = _per_head(k, g.work), _per_head(v, g.work), Workspace(q.device)
         dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)

@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 import triton
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from . import (
@@ -21,6 +20,7 @@ from . import (
     triton_routing,
     triton_sparse,
 )
+from .autograd import first_order, unchanged
 from .layout import slot_count, slot_starts
 from .spec import BlockSpec, KernelArgumentError
 from .torch_routing import pooled_blocks
@@ -60,9 +60,16 @@ def _vendor_takes(q: Tensor, doc_starts, query_index) -> bool:
     )  # fmt: skip
 
 
+def _vendor_layout(x: Tensor) -> Tensor:
+    """x, or a contiguous copy: the vendor's kernels read a head's values as vectors of 16 bytes, and check little."""
+    steps = (step for size, step in zip(x.shape[:-1], x.stride(), strict=False) if size > 1)
+    aligned = x.data_ptr() % 16 == 0 and all(step * x.element_size() % 16 == 0 for step in steps)
+    return x if aligned and x.stride(-1) == 1 else x.clone(memory_format=torch.contiguous_format)
+
+
 def _vendor(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION], set_priority=True):
-        heads_first = (x.transpose(1, 2) for x in (q, k, v))
+        heads_first = (_vendor_layout(x).transpose(1, 2) for x in (q, k, v))
         out = F.scaled_dot_product_attention(
             *heads_first, is_causal=True, scale=scale, enable_gqa=q.shape[2] != k.shape[2]
         )
@@ -74,14 +81,14 @@ class _Dense(torch.autograd.Function):
     def forward(ctx, q, k, v, scale: float, dense: Dense):
         config = choose(q)
         o, lse = triton_dense.forward(q, k, v, scale, dense, config)
-        ctx.save_for_backward(q, k, v, o, lse)
+        ctx.save_for_backward(q, k, v, o, lse, *unchanged(dense.doc_starts, dense.query_index))
         ctx.scale, ctx.dense, ctx.config = scale, dense, config
         return o
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, do):
-        q, k, v, o, lse = ctx.saved_tensors
+        q, k, v, o, lse, *_ = ctx.saved_tensors
         grads = triton_dense_backward.backward(q, k, v, o, lse, do.contiguous(), ctx.scale, ctx.dense, ctx.config)
         return *grads, None, None
 
@@ -91,14 +98,14 @@ class _Sparse(torch.autograd.Function):
     def forward(ctx, q, k, v, blocks, size: int, scale: float, doc_starts, query_index):
         config = choose(q)
         o, lse = triton_sparse.forward(q, k, v, blocks, size, scale, doc_starts, query_index, config)
-        ctx.save_for_backward(q, k, v, blocks, o, lse)
+        ctx.save_for_backward(q, k, v, blocks, o, lse, *unchanged(doc_starts, query_index))
         ctx.rest = size, scale, doc_starts, query_index, config
         return o
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, do):
-        q, k, v, blocks, o, lse = ctx.saved_tensors
+        q, k, v, blocks, o, lse, *_ = ctx.saved_tensors
         do = do.contiguous()
         delta = triton_gate.row_delta(o, do, ctx.rest[-1].gate_rows)
         return *triton_sparse.backward(q, k, v, blocks, lse, do, delta, *ctx.rest), None, None, None, None, None
@@ -121,15 +128,16 @@ class _SSA(torch.autograd.Function):
             full, lse_full = triton_dense.forward(q, k, v, scale, ctx.dense, config)
         sparse, lse = triton_sparse.forward(q, k, v, blocks, size, scale, doc_starts, query_index, config)
         out, loss = triton_gate.gate_forward(full, sparse, gate, trunk, count, config.gate_rows)
-        ctx.save_for_backward(q, k, v, gate, blocks, full, sparse, lse_full, lse)
+        saved = unchanged(doc_starts, query_index)
+        ctx.save_for_backward(q, k, v, gate, blocks, full, sparse, lse_full, lse, *saved)
         ctx.rest = size, scale, doc_starts, query_index, config
         ctx.trunk, ctx.count, ctx.scale = trunk, count, scale
         return out, loss
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, d_out, d_loss):
-        q, k, v, gate, blocks, full, sparse, lse_full, lse = ctx.saved_tensors
+        q, k, v, gate, blocks, full, sparse, lse_full, lse, *_ = ctx.saved_tensors
         config = ctx.rest[-1]
         do_full, do_sparse, delta_full, delta_sparse, d_gate = triton_gate.gate_backward(
             full, sparse, gate, d_out.contiguous(), d_loss, ctx.trunk, ctx.count, config.gate_rows
@@ -156,15 +164,15 @@ class _Dual(torch.autograd.Function):
         bits, word = triton_dual.selection_bits(blocks, q.shape[1], size, doc_starts)
         full, lse_full, sparse, lse = triton_dual.forward(q, k, v, bits, word, size, scale, doc_starts, config)
         out, loss = triton_gate.gate_forward(full, sparse, gate, trunk, count, config.gate_rows)
-        ctx.save_for_backward(q, k, v, gate, blocks, full, sparse, lse_full, lse)
+        ctx.save_for_backward(q, k, v, gate, blocks, full, sparse, lse_full, lse, *unchanged(doc_starts))
         ctx.rest = size, scale, doc_starts
         ctx.config, ctx.trunk, ctx.count = config, trunk, count
         return out, loss
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, d_out, d_loss):
-        q, k, v, gate, blocks, full, sparse, lse_full, lse = ctx.saved_tensors
+        q, k, v, gate, blocks, full, sparse, lse_full, lse, *_ = ctx.saved_tensors
         do_full, do_sparse, delta_full, delta_sparse, d_gate = triton_gate.gate_backward(
             full, sparse, gate, d_out.contiguous(), d_loss, ctx.trunk, ctx.count, ctx.config.gate_rows
         )
@@ -242,6 +250,7 @@ def ssa_attention(q, k, v, gate, spec: BlockSpec, trunk: str, scale: float, doc_
 def window_attention(q, k, v, window: int, scale: float, doc_starts, query_index) -> Tensor:
     refuse(q)
     doc_starts, query_index = _flat(doc_starts), _flat(query_index)
+    window = min(window, k.shape[1])  # kernels add it to positions of 32 bits
     dense = Dense(k.shape[1], window=window, doc_starts=doc_starts, query_index=query_index)
     return _cut(_Dense.apply(_padded(q), _padded(k), _padded(v), scale, dense), q.shape[3])
 

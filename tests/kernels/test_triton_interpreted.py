@@ -17,7 +17,7 @@ else:
     import torch
 
     import kernels
-    from kernels import BlockSpec, accuracy, masked, triton_sparse
+    from kernels import BlockSpec, accuracy, masked, triton_backend, triton_sparse
 
     from .support import assert_close, assert_same_selection, documents, inputs, outputs_and_gradients, places
 
@@ -83,11 +83,44 @@ else:
         agree(kernels.window_attention, *leaves[:3], 9, **known)
         agree(kernels.compressed_attention, *leaves[:3], spec, **known)
 
+    @pytest.mark.parametrize("window", [35, 2**31 - 1, 2**40])
+    def test_a_window_beyond_the_row_is_the_whole_row(window):
+        """Added to a position it would leave 32 bits, and keys that wrap around get no gradient."""
+        leaves, upstream, _, options = build(CASES[1])
+        known = {"upstream": upstream, "leaves": leaves[:3], **options}
+        agree(kernels.window_attention, *leaves[:3], window, **known)
+
     @pytest.mark.parametrize("case", CASES, ids=str)
     def test_both_streams_gated(case):
         leaves, upstream, spec, options = build(case)
         trunk = "full" if case[0] % 2 else "sparse"
         agree(kernels.ssa_attention, *leaves, spec, trunk=trunk, upstream=upstream, leaves=leaves, **options)
+
+    def test_documents_that_change_before_the_backward_pass_are_refused(monkeypatch):
+        leaves, _, spec, options = build(CASES[2])
+        streams = [
+            lambda docs: kernels.full_attention(*leaves[:3], doc_starts=docs, backend="triton"),
+            lambda docs: kernels.sparse_attention(*leaves[:3], spec, doc_starts=docs, backend="triton"),
+            lambda docs: kernels.ssa_attention(*leaves, spec, trunk="full", doc_starts=docs, backend="triton")[0],
+        ]
+        for dual in (False, True):
+            monkeypatch.setattr(triton_backend, "dual", lambda *_, dual=dual: dual)
+            spec = BlockSpec(16, 2) if dual else spec
+            for stream in streams[-1:] if dual else streams:
+                docs = options["doc_starts"].clone()
+                out = stream(docs)
+                docs[:, 20:] = 20
+                with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                    torch.autograd.grad(out.sum(), leaves[:3])
+
+    @pytest.mark.parametrize("dual", [False, True], ids=["apart", "one pass"])
+    def test_a_second_derivative_is_refused(dual, monkeypatch):
+        monkeypatch.setattr(triton_backend, "dual", lambda *_: dual)
+        leaves, _ = inputs(1, 20, 2, 1, 16)
+        out, loss = kernels.ssa_attention(*leaves, BlockSpec(16, 2), trunk="full", backend="triton")
+        first = torch.autograd.grad(out.sum() + loss, leaves, create_graph=True)
+        with pytest.raises(RuntimeError, match="no gradient of their own"):
+            torch.autograd.grad(sum(g.sum() for g in first), leaves, allow_unused=True)
 
     def test_sparse_stream_alone():
         leaves, upstream, spec, options = build(CASES[2])
