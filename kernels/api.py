@@ -2,7 +2,7 @@
 
 Layout everywhere: q `[B, Nq, Hq, D]`, k and v `[B, N, Hkv, D]`, `Hq % Hkv == 0`; all are differentiable in q, k, v (and
 gate), selection never is. A wrong argument is refused with a `KernelArgumentError` that names it, without
-synchronising a GPU: the values of `doc_starts` and `query_index` are checked on CPU tensors only.
+synchronising a GPU: the values of `doc_starts`, `query_index` and `blocks` are checked on CPU tensors only.
 
 Shared arguments:
     scale: softmax scale; default D ** -0.5.
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from . import checks, torch_backend
 from .autograd import plain
+from .layout import slot_count
 from .spec import AttentionStatistics, BlockSpec
 
 try:
@@ -58,6 +59,13 @@ def _common(q, k, v, scale, doc_starts, query_index, backend) -> tuple[float, st
     checks.check_query_index(query_index, q, k)
     checks.check_doc_starts(doc_starts, k)
     return checks.check_scale(scale, q), choose_backend(backend, q)
+
+
+def _reachable(spec: BlockSpec, k: Tensor) -> BlockSpec:
+    """spec with no more places than a row has blocks: what is attended to is the same, and lists stay short."""
+    if spec.topk != "exact":
+        return spec
+    return spec._replace(block_count=min(spec.block_count, slot_count(k.shape[1], spec.block_size)))
 
 
 def select_blocks(
@@ -124,8 +132,9 @@ def sparse_attention(
     scale, backend = _common(q, k, v, scale, doc_starts, query_index, backend)
     checks.check_spec(spec)
     if blocks is not None:
-        checks.check_blocks(blocks, q, k)
+        checks.check_blocks(blocks, q, k, spec.block_size)
     with plain(q):
+        spec = _reachable(spec, k)
         return _streams(backend).sparse_attention(q, k, v, spec, scale, doc_starts, query_index, blocks)
 
 
@@ -159,8 +168,9 @@ def ssa_attention(
     checks.check_gate(gate, q)
     checks.need(trunk in ("full", "sparse"), "trunk", repr(trunk), "'full' or 'sparse'")
     if blocks is not None:
-        checks.check_blocks(blocks, q, k)
+        checks.check_blocks(blocks, q, k, spec.block_size)
     with plain(q):
+        spec = _reachable(spec, k)
         return _streams(backend).ssa_attention(q, k, v, gate, spec, trunk, scale, doc_starts, query_index, blocks)
 
 
@@ -202,7 +212,7 @@ def window_attention(
     Returns: [B, Nq, Hq, D] in q's dtype. Raises KernelArgumentError.
     """
     scale, backend = _common(q, k, v, scale, doc_starts, query_index, backend)
-    checks.need(isinstance(window, int) and window >= 1, "window", window, "an integer of at least 1 (tokens)")
+    checks.need(checks.whole(window, 1), "window", window, "an integer of at least 1 (tokens)")
     with plain(q):
         return _streams(backend).window_attention(q, k, v, window, scale, doc_starts, query_index)
 
@@ -225,4 +235,5 @@ def attention_statistics(
     scale, _ = _common(q, k, None, scale, doc_starts, query_index, backend)
     checks.check_spec(spec)
     with plain(q):
+        spec = _reachable(spec, k)
         return torch_backend.attention_statistics(q, k, spec, scale, doc_starts, query_index)

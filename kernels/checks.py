@@ -1,7 +1,7 @@
 """Argument checks of the public functions.
 
 Every error names the argument, what it was given and what is expected, and no check ever synchronises a GPU: shapes,
-dtypes and devices are always checked, values (`doc_starts`, `query_index`) only when the tensor lies on the CPU.
+dtypes and devices are always checked, values (`doc_starts`, `query_index`, `blocks`) only when the tensor lies on the CPU.
 It refuses what no backend can run; what one backend cannot run is that backend's to refuse.
 """
 
@@ -18,11 +18,16 @@ def need(condition: bool, name: str, got, expected: str) -> None:
         raise KernelArgumentError(f"{name}: got {got}, expected {expected}")
 
 
+def whole(value, least: int) -> bool:
+    """An integer of at least `least`; True and False are none."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
 def check_spec(spec: BlockSpec) -> None:
     need(isinstance(spec, BlockSpec), "spec", type(spec).__name__, "a kernels.BlockSpec")
     for name in ("block_size", "block_count"):
         value = getattr(spec, name)
-        need(isinstance(value, int) and value >= 1, f"spec.{name}", value, "an integer of at least 1")
+        need(whole(value, 1), f"spec.{name}", value, "an integer of at least 1")
     need(spec.topk in ("exact", "authors"), "spec.topk", repr(spec.topk), "'exact' or 'authors'")
     if spec.topk == "authors":
         need(
@@ -35,6 +40,8 @@ def check_spec(spec: BlockSpec) -> None:
 
 def _check_heads(name: str, x: Tensor) -> None:
     need(isinstance(x, Tensor), name, type(x).__name__, "a tensor [B, N, H, D]")
+    dense = x.layout == torch.strided and not x.is_nested
+    need(dense, f"{name}.layout", "nested" if x.is_nested else x.layout, "a dense (strided) tensor [B, N, H, D]")
     need(x.dim() == 4 and min(x.shape) >= 1, f"{name}.shape", tuple(x.shape), "[B, N, H, D], no size 0")
     need(x.dtype in FLOATS, f"{name}.dtype", x.dtype, "float16, bfloat16, float32 (or float64 on the torch backend)")
 
@@ -97,9 +104,8 @@ def check_scale(scale: float | None, q: Tensor) -> float:
     """The softmax scale: D**-0.5 unless given."""
     if scale is None:
         return q.shape[3] ** -0.5
-    need(
-        isinstance(scale, (int, float)) and 0 < scale < float("inf"), "scale", scale, "a positive finite number or None"
-    )
+    number = isinstance(scale, int | float) and not isinstance(scale, bool)
+    need(number and 0 < scale < float("inf"), "scale", scale, "a positive finite number or None")
     return float(scale)
 
 
@@ -110,7 +116,9 @@ def check_gate(gate: Tensor, q: Tensor) -> None:
     need(gate.device == q.device, "gate.device", gate.device, f"q's device {q.device}")
 
 
-def check_blocks(blocks: Tensor, q: Tensor, k: Tensor) -> None:
+def check_blocks(blocks: Tensor, q: Tensor, k: Tensor, size: int) -> None:
+    """Block numbers as `select_blocks` gives them; the GPU kernels would read what a number too large points at, and weigh a
+    block twice that is listed twice."""
     need(isinstance(blocks, Tensor), "blocks", type(blocks).__name__, "an int32 tensor [B, Nq, Hkv, block_count]")
     need(blocks.dtype == torch.int32, "blocks.dtype", blocks.dtype, "int32")
     expected = (q.shape[0], q.shape[1], k.shape[2])
@@ -121,3 +129,17 @@ def check_blocks(blocks: Tensor, q: Tensor, k: Tensor) -> None:
         f"[B, Nq, Hkv, block_count] = [{expected[0]}, {expected[1]}, {expected[2]}, >= 1]",
     )
     need(blocks.device == q.device, "blocks.device", blocks.device, f"q's device {q.device}")
+    if blocks.device.type == "cpu":
+        low, high, most = int(blocks.min()), int(blocks.max()), (k.shape[1] - 1) // size
+        need(
+            low >= -1 and high <= most,
+            "blocks",
+            f"values {low}..{high}",
+            f"-1 (none) or 0..{most}, the blocks of the row",
+        )
+        ascending = blocks.sort(-1).values
+        twice = (ascending[..., 1:] == ascending[..., :-1]) & (ascending[..., 1:] >= 0)
+        if bool(twice.any()):
+            b, row, h, i = (int(x) for x in twice.nonzero()[0])
+            got = f"block {int(ascending[b, row, h, i])} twice"
+            need(False, f"blocks[{b}, {row}, {h}]", got, "every block once (and -1 for none)")

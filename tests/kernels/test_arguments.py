@@ -44,11 +44,15 @@ WRONG = [
     ("gate.dtype", {"gate": torch.ones(2, 20, 4, dtype=torch.int64)}),
     ("spec", {"spec": (4, 2)}),
     ("spec.block_size", {"spec": BlockSpec(0, 2)}),
+    ("spec.block_count", {"spec": BlockSpec(4, True)}),
     ("spec.block_count", {"spec": BlockSpec(4, 0)}),
     ("spec.topk", {"spec": BlockSpec(4, 2, "fast")}),
     ("spec.topk", {"spec": BlockSpec(16, 8, "authors")}),
     ("trunk", {"trunk": "both"}),
     ("scale", {"scale": -1.0}),
+    ("scale", {"scale": True}),
+    ("q.layout", {"q": torch.randn(2, 20, 4, 8).to_sparse()}),
+    ("k.layout", {"k": torch.nested.nested_tensor([torch.randn(n, 2, 8) for n in (20, 9)], layout=torch.jagged)}),
     ("backend", {"backend": "cuda"}),
     ("doc_starts.dtype", {"doc_starts": DOCS.long()}),
     ("doc_starts.shape", {"doc_starts": DOCS[:, :19]}),
@@ -78,6 +82,41 @@ def test_wrong_blocks_and_window_are_named():
             kernels.sparse_attention(q, k, k, BlockSpec(4, 2), blocks=blocks)
     with pytest.raises(KernelArgumentError, match=r"^window"):
         kernels.window_attention(q, k, k, 0)
+    with pytest.raises(KernelArgumentError, match=r"^window: got True"):
+        kernels.window_attention(q, k, k, True)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "text"),
+    [
+        (-2, r"^blocks: got values -2\.\.4, expected -1 \(none\) or 0\.\.4, "),
+        (5, r"^blocks: got values -1\.\.5, expected"),
+        (1 << 28, r"^blocks: got values"),  # times the block size it wraps around, into other tensors' memory
+        (4, r"^blocks\[0, 19, 1\]: got block 4 twice, expected every block once"),
+    ],
+)
+def test_blocks_that_select_blocks_never_gives_are_named(wrong, text):
+    q, k = torch.randn(1, 20, 4, 8), torch.randn(1, 20, 2, 8)
+    blocks = torch.zeros(1, 20, 2, 2, dtype=torch.int32)
+    blocks[..., 0] = torch.arange(20)[:, None] // 4
+    blocks[..., 1] = torch.where(blocks[..., 0] > 0, 0, -1)
+    kernels.sparse_attention(q, k, k, BlockSpec(4, 2), blocks=blocks)
+    blocks[0, 19, 1, 1] = wrong
+    for call in (
+        lambda: kernels.sparse_attention(q, k, k, BlockSpec(4, 2), blocks=blocks),
+        lambda: kernels.ssa_attention(q, k, k, q[..., 0], BlockSpec(4, 2), trunk="full", blocks=blocks),
+    ):
+        with pytest.raises(KernelArgumentError, match=text):
+            call()
+
+
+def test_a_budget_beyond_the_row_costs_no_more_than_the_row():
+    q, k = torch.randn(1, 20, 4, 8), torch.randn(1, 20, 2, 8)
+    gate, beyond = torch.rand(1, 20, 4), BlockSpec(4, 10**12)  # lists of that length would fit nowhere
+    full = kernels.full_attention(q, k, k)
+    torch.testing.assert_close(kernels.sparse_attention(q, k, k, beyond), full)
+    assert float(kernels.ssa_attention(q, k, k, gate, beyond, trunk="full")[1]) == 0.0
+    torch.testing.assert_close(kernels.attention_statistics(q, k, beyond).sparsity, torch.ones(4))
 
 
 def test_triton_on_a_cpu_is_refused():
