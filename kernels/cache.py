@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from .api import choose_backend
-from .checks import FLOATS, need
+from .autograd import plain
+from .checks import FLOATS, need, whole
 
 STEP = 16
 """Most new tokens of a sequence that one launch appends and that the decode kernels serve; more is a prefill."""
@@ -32,7 +33,7 @@ def join_halves(pooled: Tensor) -> Tensor:
 
 
 def _integer(name: str, value, least: int) -> None:
-    need(isinstance(value, int) and value >= least, name, value, f"an integer of at least {least}")
+    need(whole(value, least), name, value, f"an integer of at least {least}")
 
 
 class _Cache(ABC):
@@ -73,7 +74,9 @@ class _Cache(ABC):
         `append` calls it. Whoever replays a CUDA graph that holds an `append` calls it before each replay, because a
         replay runs no Python.
         """
-        counts = [tokens] * self.batch if isinstance(tokens, int) else tokens
+        counts = tokens if isinstance(tokens, list) else [tokens] * self.batch
+        right = len(counts) == self.batch and all(whole(c, 0) for c in counts)
+        need(right, "tokens", tokens, f"an integer of at least 0, or a list of {self.batch} of them")
         grown = [n if n < 0 else n + c for n, c in zip(self.host_lengths, counts, strict=True)]
         for b, n in enumerate(grown):
             if n > self.room(b):
@@ -81,6 +84,7 @@ class _Cache(ABC):
                 need(False, "k.shape[1]", got, f"room in the cache: it holds at most {self.room(b)}")
         self.host_lengths = grown
 
+    @torch.no_grad()
     def append(self, k: Tensor, v: Tensor, counts: list[int] | None = None, backend: str = "auto") -> None:
         """Add T new tokens to every sequence: its keys and values, and the pooled keys of the blocks they complete.
 
@@ -89,16 +93,19 @@ class _Cache(ABC):
             Padding never enters the cache, so a place is the sequence's own position.
         backend: as in `kernels.api`. Up to STEP tokens without counts are one Triton launch on CUDA, which a CUDA
             graph may capture.
+        Keys and values that require a gradient are kept without it.
         Raises: KernelArgumentError; nothing is written then.
         """
         self._check_new(k, v, counts)
+        backend = choose_backend(backend, k)
         tokens, capturing = k.shape[1], k.is_cuda and torch.cuda.is_current_stream_capturing()
-        if counts is None and tokens <= STEP and choose_backend(backend, k) == "triton":
+        if counts is None and tokens <= STEP and backend == "triton":
             from . import triton_append
 
             if not capturing:  # a captured launch does not run; each replay is counted by its caller
                 self.reserve(tokens)
-            triton_append.append(self, k.contiguous(), v.contiguous())
+            with plain(k):
+                triton_append.append(self, k.contiguous(), v.contiguous())
             return
         need(not capturing, "k.shape[1]", f"{tokens} tokens, counts={counts}, while a CUDA graph is captured",
              f"at most {STEP} tokens and no counts")  # fmt: skip
@@ -120,7 +127,7 @@ class _Cache(ABC):
         need(k.shape == v.shape, "v.shape", tuple(v.shape), f"k's shape {tuple(k.shape)}")
         if counts is not None:
             right = isinstance(counts, list) and len(counts) == self.batch
-            right = right and all(isinstance(c, int) and 0 <= c <= k.shape[1] for c in counts)
+            right = right and all(whole(c, 0) and c <= k.shape[1] for c in counts)
             need(right, "counts", counts, f"a list of {self.batch} integers from 0 to {k.shape[1]}")
 
     def _write(self, b: int, start: int, k: Tensor, v: Tensor) -> None:
@@ -145,7 +152,7 @@ class _Cache(ABC):
         """Forget what lies beyond `lengths` (one per sequence, none longer than it is)."""
         right = isinstance(lengths, list) and len(lengths) == self.batch
         right = right and all(
-            isinstance(n, int) and min(0, old) <= n <= old for n, old in zip(lengths, self.host_lengths, strict=True)
+            whole(n, min(0, old)) and n <= old for n, old in zip(lengths, self.host_lengths, strict=True)
         )
         need(right, "lengths", lengths, f"a list of integers of at most {self.host_lengths}")
         self.host_lengths = list(lengths)
@@ -203,8 +210,17 @@ class KVCache(_Cache):
     def reorder(self, sequences: Tensor) -> None:
         """Sequence i becomes a copy of what sequence `sequences[i]` is (beam search). int64 [B].
 
-        Waits for the GPU only when lengths differ.
+        Waits for the GPU only when lengths differ. Values are checked on a CPU only. Raises KernelArgumentError.
         """
+        need(isinstance(sequences, Tensor), "sequences", type(sequences).__name__, "an int64 tensor [B]")
+        need(sequences.dtype == torch.int64, "sequences.dtype", sequences.dtype, "int64")
+        shape = tuple(sequences.shape)
+        need(shape == (self.batch,), "sequences.shape", shape, f"[B] = [{self.batch}]")
+        need(sequences.device == self.device, "sequences.device", sequences.device, f"the cache's {self.device}")
+        if not sequences.is_cuda:
+            low, high = int(sequences.min()), int(sequences.max())
+            right = low >= 0 and high < self.batch
+            need(right, "sequences", f"values {low}..{high}", f"0..{self.batch - 1}, sequences of the cache")
         for name in ("keys", "values", "pooled"):
             x = getattr(self, name).unflatten(0, (self.batch, -1))
             setattr(self, name, x.index_select(0, sequences).flatten(0, 1))
@@ -271,15 +287,15 @@ class PagedKVCache(_Cache):
             sequences write to one, is the server's to know. No pages and length -1 make the sequence idle.
         Raises: KernelArgumentError.
         """
-        right = isinstance(sequence, int) and 0 <= sequence < self.batch
+        right = whole(sequence, 0) and sequence < self.batch
         need(right, "sequence", sequence, f"an integer from 0 to {self.batch - 1}")
-        right = isinstance(pages, list) and all(isinstance(p, int) and 0 <= p < self.pages for p in pages)
+        right = isinstance(pages, list) and all(whole(p, 0) and p < self.pages for p in pages)
         need(right and len(set(pages)) == len(pages), "pages", pages, f"distinct integers from 0 to {self.pages - 1}")
         limit = self.page_table.shape[1]
         need(len(pages) <= limit, "pages", f"{len(pages)} pages", f"at most max_pages={limit}")
         length = max(0, self.host_lengths[sequence]) if length is None else length
         most = len(pages) * self.page_size
-        right = isinstance(length, int) and (0 <= length <= most or (length == -1 and not pages))
+        right = whole(length, 0 if pages else -1) and length <= most
         need(right, "length", length, f"0 to {most}, what {len(pages)} pages hold (-1 without pages: idle)")
         self.assigned[sequence] = list(pages)
         self._upload(self.page_table[sequence], pages + [-1] * (limit - len(pages)))

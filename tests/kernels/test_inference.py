@@ -200,7 +200,18 @@ def test_wrong_caches_and_appends_are_named():
         ("k.dtype", lambda: cache.append(k.half(), k)),
         ("v.shape", lambda: cache.append(k, k[:, :2])),
         ("counts", lambda: cache.append(k, k, [1, 4])),
+        ("counts", lambda: cache.append(k, k, [1, True])),
+        ("backend", lambda: cache.append(k, k, [1, 1], backend="cuda")),
         ("lengths", lambda: cache.crop([1, 0])),
+        ("tokens", lambda: cache.reserve(-1)),
+        ("tokens", lambda: cache.reserve([1])),
+        ("tokens", lambda: cache.reserve(1.5)),
+        ("sequences", lambda: cache.reorder([0, 1])),
+        ("sequences", lambda: cache.reorder(torch.tensor([0, 2]))),
+        ("sequences", lambda: cache.reorder(torch.tensor([-1, 0]))),
+        ("sequences.dtype", lambda: cache.reorder(torch.tensor([0.0, 1.0]))),
+        ("sequences.shape", lambda: cache.reorder(torch.tensor([0]))),
+        ("batch", lambda: KVCache(True, 32, 2, 8)),
         ("sequence", lambda: paged.assign(2, [0])),
         ("pages", lambda: paged.assign(0, [0, 0])),
         ("pages", lambda: paged.assign(0, [0, 1, 2])),
@@ -210,3 +221,13 @@ def test_wrong_caches_and_appends_are_named():
     for name, mistake in mistakes:
         with pytest.raises(KernelArgumentError, match=rf"^{name}:".replace(".", r"\.")):
             mistake()
+
+
+def test_a_cache_keeps_no_graph_of_what_it_is_given():
+    """Outside `no_grad` every step's graph would stay, through the storage, as long as the cache."""
+    k = torch.randn(2, 20, 2, 8, requires_grad=True)
+    for cache in (KVCache(2, 64, 2, 8, dtype=torch.float32), make_cache(True, 2, 64, 2, 8, dtype=torch.float32)):
+        cache.append(k, k)
+        cache.append(k[:, :1], k[:, :1])
+        assert not any(x.requires_grad for x in (cache.keys, cache.values, cache.pooled))
+        assert cache.host_lengths == [21, 21]
