@@ -61,11 +61,17 @@ def _common(q, k, v, scale, doc_starts, query_index, backend) -> tuple[float, st
     return checks.check_scale(scale, q), choose_backend(backend, q)
 
 
+FEW = 64  # places of a selection
+
+
 def _reachable(spec: BlockSpec, k: Tensor) -> BlockSpec:
-    """spec with no more places than a row has blocks: what is attended to is the same, and lists stay short."""
+    """spec with no more places than a row has blocks: what is attended to is the same, and lists stay short.
+
+    Up to FEW places they are short anyway, and kernels are compiled for their number.
+    """
     if spec.topk != "exact":
         return spec
-    return spec._replace(block_count=min(spec.block_count, slot_count(k.shape[1], spec.block_size)))
+    return spec._replace(block_count=min(spec.block_count, max(FEW, slot_count(k.shape[1], spec.block_size))))
 
 
 def select_blocks(

@@ -27,13 +27,23 @@ from .torch_routing import pooled_blocks
 from .triton_config import VENDOR_TOKENS, choose, dual
 from .triton_dense import Dense
 
+MOST_ROWS = 65535  # of a batch: a CUDA grid's third axis
+MOST_SELECTED = 1 << 31  # entries of a selection, which the inverse index numbers with 32 bits
 
-def refuse(q: Tensor) -> None:
-    """Name what these kernels cannot run."""
+
+def refuse(q: Tensor, k: Tensor | None = None, count: int = 0) -> None:
+    """Name what these kernels cannot run; `count`: blocks selected by each token and head of k."""
     if q.dtype == torch.float64:
         raise KernelArgumentError("q.dtype: got float64, expected float16, bfloat16 or float32 (or backend='torch')")
     if q.shape[3] > 256:
         raise KernelArgumentError(f"q.shape[3]: got {q.shape[3]}, expected at most 256 (or backend='torch')")
+    if q.shape[0] > MOST_ROWS:
+        raise KernelArgumentError(f"q.shape[0]: got {q.shape[0]}, expected at most {MOST_ROWS} (or backend='torch')")
+    entries = 0 if k is None else q.shape[0] * q.shape[1] * k.shape[2] * count
+    if entries >= MOST_SELECTED:
+        raise KernelArgumentError(
+            f"spec.block_count: got {count}, a selection of {entries} blocks, expected fewer than 2^31"
+        )
 
 
 def _flat(x: Tensor | None) -> Tensor | None:
@@ -195,7 +205,7 @@ def _with_graph(ctx, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 
 def select_blocks(q, k, spec: BlockSpec, scale: float, doc_starts, query_index) -> Tensor:
     """A budget that covers the sequence needs no routing."""
-    refuse(q)
+    refuse(q, k, spec.block_count)
     doc_starts, query_index = _flat(doc_starts), _flat(query_index)
     with torch.no_grad():
         if spec.block_count >= slot_count(k.shape[1], spec.block_size) and spec.topk == "exact":
@@ -224,7 +234,7 @@ def full_attention(q, k, v, scale: float, doc_starts, query_index) -> Tensor:
 
 
 def sparse_attention(q, k, v, spec: BlockSpec, scale: float, doc_starts, query_index, blocks) -> Tensor:
-    refuse(q)
+    refuse(q, k, spec.block_count if blocks is None else blocks.shape[3])
     doc_starts, query_index = _flat(doc_starts), _flat(query_index)
     if blocks is None:
         blocks = select_blocks(q, k, spec, scale, doc_starts, query_index)
@@ -234,7 +244,7 @@ def sparse_attention(q, k, v, spec: BlockSpec, scale: float, doc_starts, query_i
 
 
 def ssa_attention(q, k, v, gate, spec: BlockSpec, trunk: str, scale: float, doc_starts, query_index, blocks):
-    refuse(q)
+    refuse(q, k, spec.block_count if blocks is None else blocks.shape[3])
     doc_starts, query_index = _flat(doc_starts), _flat(query_index)
     if blocks is None:
         blocks = select_blocks(q, k, spec, scale, doc_starts, query_index)

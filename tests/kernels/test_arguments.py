@@ -124,6 +124,18 @@ def test_triton_on_a_cpu_is_refused():
         call(backend="triton")
 
 
+def test_what_the_triton_kernels_cannot_number_is_refused():
+    """Shapes alone are looked at, so tensors without storage will do."""
+    refuse = pytest.importorskip("kernels.triton_backend").refuse
+    q, k = (torch.empty(2, 1 << 17, heads, 64, dtype=torch.half, device="meta") for heads in (32, 2))
+    refuse(q, k, 4095)
+    with pytest.raises(KernelArgumentError, match=r"^spec\.block_count: got 4096, a selection of 2147483648 blocks"):
+        refuse(q, k, 4096)
+    refuse(torch.empty(65535, 1, 1, 16, device="meta"))
+    with pytest.raises(KernelArgumentError, match=r"^q\.shape\[0\]: got 65536"):
+        refuse(torch.empty(65536, 1, 1, 16, device="meta"))
+
+
 def test_a_transposed_view_is_not_a_mistake():
     q = torch.randn(2, 4, 20, 8).transpose(1, 2)
     k = torch.randn(2, 2, 20, 8).transpose(1, 2)
