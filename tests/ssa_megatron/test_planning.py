@@ -51,8 +51,8 @@ def test_activations_are_those_autograd_keeps_to_the_byte(tmp_path):
         c = cut(recipe, 1, document=DOCUMENT)
         assert sum(activations.layer(recipe, c, recipe.train.recompute).values()) == kept["layer"], case
         if recipe.train.recompute == "none":
-            # beside the head: the rotary table, and the tokens, which belong to the batch
-            rest = sum(activations.head(c).values()) + activations.batch(recipe, c) + 8 * c.tokens
+            # beside the head: the rotary table; the tokens and where their documents begin, which belong to the batch
+            rest = sum(activations.head(c).values()) + activations.batch(recipe, c) + (8 + 4) * c.tokens
             assert rest == kept["rest"], case
 
 
