@@ -56,6 +56,12 @@ class EnvironmentProblem(SSAError):
     exit_code = 7
 
 
+class PortTaken(SSAError):
+    """The port at which the ranks were to meet was found free and taken before they came: a restart meets at another."""
+
+    exit_code = 1
+
+
 EXIT_HUNG = 8  # the watchdog ended a job in which a rank did not arrive (logs/ has the stacks): start me again
 EXIT_REQUEUE = 75  # a committed checkpoint exists and the job wants to be started again (signals)
 

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from ssa_megatron.config import Recipe
-from ssa_megatron.errors import ConfigError, EnvironmentProblem
+from ssa_megatron.errors import ConfigError, EnvironmentProblem, PortTaken
 from ssa_megatron.parallel import cpu, topology
 
 TIMEOUT = datetime.timedelta(minutes=10)  # a rank that is silent for longer is gone; every collective ends by then
@@ -187,7 +187,8 @@ def world_size() -> int:
 def initialize(recipe: Recipe) -> ParallelContext:
     """Join the launch (torchrun's environment variables), build every group, and say where this process stands.
 
-    Raises ConfigError when the topology is not legal and EnvironmentProblem when the processes do not find each other.
+    Raises ConfigError when the topology is not legal EnvironmentProblem when the processes do not find each
+    other, and PortTaken when their port is another's.
     """
     topology.check(recipe, world_size())
     if "RANK" not in os.environ:
@@ -203,6 +204,11 @@ def initialize(recipe: Recipe) -> ParallelContext:
             dist.init_process_group(backend=cpu.backend(), timeout=TIMEOUT)
         except (dist.DistError, RuntimeError, ValueError) as error:
             address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+            if "EADDRINUSE" in str(error):  # whoever launches chooses a free port, and lets it go for rank 0 to take
+                raise PortTaken(
+                    f"rank 0 cannot listen at {address}, where the {world_size()} process(es) were to meet: the port is taken",
+                    remedy="start again (cluster.launch does, at another port), or choose a MASTER_PORT",
+                ) from error
             raise EnvironmentProblem(
                 f"the {world_size()} processes did not find each other at {address}: {error}",
                 remedy="check MASTER_ADDR, MASTER_PORT and that every node was started",

@@ -2,12 +2,14 @@
 
 import json
 import shutil
+import socket
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
 import pipelines
+from cluster.endings import ending
 from ssa_megatron.checkpoint.manifest import committed
 from ssa_megatron.train.metrics import read_metrics
 from ssa_megatron.train.run_folder import RunFolder
@@ -285,3 +287,15 @@ def test_python_m_ssa_megatron_ends_with_the_same_codes(arguments, says):
     assert output.startswith("error: ")
     assert says in output
     assert "remedy: " in output
+
+
+def test_a_meeting_port_that_another_process_took_is_no_hopeless_error():
+    """Launchers find a port free and let it go for rank 0; exit 1 is a crash, after which they start again at another."""
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(other.getsockname()[1])}
+        launched = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", **place}
+        output = run(1, "tests.workers.meet", expect=1, **launched)
+    assert f"error: rank 0 cannot listen at 127.0.0.1:{place['MASTER_PORT']}" in output
+    assert "remedy: start again" in output
+    assert ending([1, -15]) is None  # the launcher's reading of it: worth a restart
+    assert run(1, "tests.workers.meet", **launched).strip().endswith("met")
