@@ -116,9 +116,8 @@ def main(arguments: list[str] | None = None) -> int:
             say(
                 f"{host}:{options.port} did not answer for {options.join_timeout} s: is node rank 0 up, and the port open?"
             )
-            return (
-                1  # as where too few nodes came: the first one may have died, and a job that is requeued gets another
-            )
+            # as where too few nodes came: the first one may have died, and a job that is requeued gets another
+            return 1
         with tempfile.TemporaryDirectory(prefix="ssa-launch-") as logs:
             code = _launch(options, host, address, Path(logs))
     except AddressProblem as problem:

@@ -30,13 +30,8 @@ COLUMNS = (
     "both_to_flash", "host_ms", "peak_mib", "note",
 )  # fmt: skip
 EVERY_KIND = ("A 8k", "B 8k", "C 8k")  # the other shapes are timed on the random selection alone
-SELECTIVE = (
-    "SDPA cudnn",
-    "SDPA flash",
-    "sparse",
-    "SSA, trunk",
-    "parallel_nsa",
-)  # rows that the kind of selection can change
+# Rows that the kind of selection can change, and their baselines.
+SELECTIVE = ("SDPA cudnn", "SDPA flash", "sparse", "SSA, trunk", "parallel_nsa")
 FLUSH = 1 << 28  # bytes written between two timed calls, so that none finds its inputs in the L2 cache
 FLUSH_MS = 0.08  # least that writing them takes
 

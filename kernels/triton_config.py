@@ -55,10 +55,8 @@ TABLE = {
         dense_forward=(64, 64, 4, 3), dense_dq=(128, 64, 8, 3), dense_dkv=(64, 64, 4, 2),
     ),
 }  # fmt: skip
-VENDOR_TOKENS = {
-    64: 16384,
-    128: 0,
-}  # of a batch, from which on cuDNN beats our dense kernel without documents, by head size
+# Tokens of a batch from which on cuDNN beats our dense kernel without documents, by head size.
+VENDOR_TOKENS = {64: 16384, 128: 0}
 SMALL = (32, 32, 4, 2)
 GENERAL = Config(
     stat_rows=32, stat_tile=32, select_rows=32, select_tile=32, insert_tile=32, select_stages=2,

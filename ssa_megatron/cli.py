@@ -285,9 +285,8 @@ def main() -> None:
     _quiet_libraries()
     try:
         code = app(standalone_mode=False)  # so called, it returns the code of typer.Exit instead of raising it
-        if (
-            code == EXIT_REQUEUE
-        ):  # everything is on disk; taking the libraries down would cost seconds of the grace time
+        # everything is on disk; taking the libraries down would cost seconds of the grace time
+        if code == EXIT_REQUEUE:
             sys.stdout.flush()
             os._exit(code)
         sys.exit(code or 0)

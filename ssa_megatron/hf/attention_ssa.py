@@ -50,9 +50,8 @@ def select_blocks(q_bkgtd, pooled_bkmd, position_bt, config, block_count, scores
     index = torch.arange(blocks, device=own.device)
     score = scores(q_bkgtd, pooled_bkmd, position_bt, config.block_size)
     chosen = best_blocks(score, min(block_count - 1, blocks))
-    if (
-        config.topk == "authors"
-    ):  # their kernel keeps the best 8 of the earlier chunks and the best of the current chunk of 16
+    # the authors' kernel keeps the best 8 of the earlier chunks and the best of the current chunk of 16
+    if config.topk == "authors":
         edge = own[..., None] // 16 * 16
         parts = (
             best_blocks(score.masked_fill(index >= edge, -1.0), 8),

@@ -60,9 +60,8 @@ class SSALayer(DynamicLayer):
             self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
             self.keys, self.values = key_states, value_states
         elif torch.is_grad_enabled() and (key_states.requires_grad or self.keys.requires_grad):
-            self.keys = torch.cat(
-                (self.keys, key_states), 2
-            )  # writing into a buffer would break autograd's saved tensors
+            # writing into a buffer would break autograd's saved tensors
+            self.keys = torch.cat((self.keys, key_states), 2)
             self.values = torch.cat((self.values, value_states), 2)
         else:
             if self.room is None or self.room[0].shape[2] < new or self.room[0].data_ptr() != self.keys.data_ptr():
@@ -118,9 +117,8 @@ class SSALayer(DynamicLayer):
         self._map_rows(lambda x: x[indices.to(x.device)])
 
     def crop(self, *args, **kwargs):
-        super().crop(
-            *args, **kwargs
-        )  # the sign's meaning differs between transformers 4 and 5; only the result matters here
+        # the sign's meaning differs between transformers 4 and 5; only the result matters here
+        super().crop(*args, **kwargs)
         self.pooled_tokens = min(self.pooled_tokens, self.get_seq_length())
 
     def reset(self):

@@ -184,6 +184,16 @@ def test_the_launchs_code_survives_threads_that_still_talk_to_the_store():
     assert ended.returncode == 3, ended.stderr
 
 
+def asked_to_start_again(code: str) -> subprocess.CompletedProcess:
+    """Python's `code`, run to its end, which is 75."""
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(
+        command, cwd=launch.ROOT, env=launch.environment(), capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 75, done.stderr
+    return done
+
+
 def test_a_signal_that_comes_while_another_is_dealt_with_changes_no_code():
     """Once 1, a crash, when srun and scancel signalled within a millisecond, before any rank ran."""
     code = """if 1:
@@ -198,11 +208,7 @@ def test_a_signal_that_comes_while_another_is_dealt_with_changes_no_code():
         launch.own_address, launch.say = own_address, say
         launch._leave(launch.main(["train", "demo", "--run-folder", "x"]))
     """
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(
-        command, cwd=launch.ROOT, env=launch.environment(), capture_output=True, text=True, timeout=60
-    )
-    assert done.returncode == 75, done.stderr
+    done = asked_to_start_again(code)
     assert "SIGUSR1 before any rank ran; the same command starts the run" in done.stdout
 
 
@@ -218,11 +224,7 @@ def test_a_signal_whose_exception_a_library_swallows_is_heard_all_the_same():
         launch.own_address = own_address
         launch._leave(launch.main(["train", "no-such-recipe", "--run-folder", "x"]))
     """
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(
-        command, cwd=launch.ROOT, env=launch.environment(), capture_output=True, text=True, timeout=60
-    )
-    assert done.returncode == 75, done.stderr
+    done = asked_to_start_again(code)
     assert "SIGTERM before any rank ran" in done.stderr
 
 

@@ -7,7 +7,7 @@ from ssa_megatron.errors import ConfigError
 from ssa_megatron.hf import bench_generation
 from ssa_megatron.hf.decode import Decoder
 
-from .test_model import build, left_padded, tokens_of
+from .models import build, left_padded, tokens_of
 
 
 @pytest.mark.parametrize("mode", ["full", "sparse"])
