@@ -58,7 +58,7 @@ sanitize:  ## twenty of them under compute-sanitizer: no access outside a tensor
 	$(PYTHON) -W ignore -m tests.gpu.sanitize $(SANITIZE)
 
 bench:  ## the kernels against the vendors' full attention, and which targets are met; needs a CUDA device
-	TORCH_COMPILE_DISABLE=0 $(PYTHON) -W ignore -m kernels.bench $(BENCH)
+	TORCH_COMPILE_DISABLE=0 $(PYTHON) -W ignore -m benchmarks.attention $(BENCH)
 
 lint: setup  ## formatter and linter, as in CI
 	$(BIN)/ruff format --check .

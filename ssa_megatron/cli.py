@@ -12,11 +12,11 @@ from typing import Annotated
 
 import typer
 
-from pipelines.errors import DataError
 from ssa_megatron import __version__
 from ssa_megatron.cli_data import data_app, tokenizer_app
 from ssa_megatron.errors import EXIT_REQUEUE, ConfigError, DataProblem, SSAError
 from ssa_megatron.failure import fail
+from ssa_pipelines.errors import DataError
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__.splitlines()[0]
@@ -41,7 +41,7 @@ def train(
 ) -> None:
     """Pretrain, or continue the run in the folder. Alone in one process, or on many under torchrun."""
     from ssa_megatron.train.output import outlive_readers
-    from ssa_megatron.train.requests import parse_range
+    from ssa_megatron.train.profile_request import parse_range
     from ssa_megatron.train.signals import StopRequest
 
     outlive_readers()
@@ -49,7 +49,7 @@ def train(
     from ssa_megatron.config import load_recipe
 
     resolved = load_recipe(recipe, overrides or ())
-    from ssa_megatron.parallel.context import world_size
+    from ssa_megatron.parallel.state import world_size
     from ssa_megatron.planning import hardware, search
     from ssa_megatron.train import restarts
 
@@ -58,7 +58,7 @@ def train(
     restarts.check(folder, global_batch_rows=resolved.train.global_batch_rows)
     if int(os.environ.get("RANK", "0")) == 0:  # the imports below take seconds, and silence looks like a hang
         print(f"ssa {__version__}: recipe {resolved.name}, {world_size()} process(es); loading libraries", flush=True)
-    from ssa_megatron.train.loop import train as run_training
+    from ssa_megatron.train.trainer import train as run_training
 
     raise typer.Exit(run_training(resolved, folder, stop=stop, profile_steps=parse_range(profile)))
 
@@ -82,7 +82,7 @@ def plan(
 ) -> None:
     """Before any GPU is held: is it legal, does it fit, how fast will it be, and what would be better. Starts nothing."""
     from ssa_megatron.config import load_recipe
-    from ssa_megatron.planning.command import plan as show_plan
+    from ssa_megatron.planning.plan_command import plan as show_plan
 
     show_plan(
         load_recipe(recipe, overrides or ()),
@@ -109,7 +109,7 @@ def doctor(
     timeout: Annotated[float, typer.Option(min=1, max=86400, help="seconds to wait for the other ranks")] = 60,
 ) -> None:
     """Is this machine, or with --cluster all of them, fit to train: OK, WARN, FAIL, and the remedy. Exit code 7 for a FAIL."""
-    from ssa_megatron.doctor.command import doctor as examine
+    from ssa_megatron.doctor.doctor_command import doctor as examine
 
     found = examine(
         cluster=cluster,
@@ -135,7 +135,7 @@ def status(
     as_json: Annotated[bool, typer.Option("--json", help="JSON instead of the table")] = False,
 ) -> None:
     """Where runs stand: step, loss, speed, MFU, goodput, time left, last checkpoint, restarts. Reads their folders only."""
-    from ssa_megatron.status.command import status as show
+    from ssa_megatron.status.status_command import status as show
 
     show(targets or [], runs=runs, watch=every if watch else None, as_json=as_json, ranks=ranks)
 
@@ -146,8 +146,8 @@ def profile(
     steps: Annotated[str, typer.Argument(metavar="A:B", help="steps to come, counted from 1")],
 ) -> None:
     """Have a running job record steps A to B with the profiler, into RUN/profile/."""
-    from ssa_megatron.status.command import ask_for_profile
-    from ssa_megatron.train.requests import parse_range
+    from ssa_megatron.status.status_command import ask_for_profile
+    from ssa_megatron.train.profile_request import parse_range
 
     print(ask_for_profile(run, parse_range(steps)))
 
@@ -219,7 +219,7 @@ def generate(
     device: Annotated[str | None, typer.Option(help="cpu or cuda; cuda where there is one")] = None,
 ) -> None:
     """Continue prompts, token by token, in either inference mode; speed and cache memory go to standard error."""
-    from ssa_megatron.hf.stream import Settings, run
+    from ssa_megatron.hf.token_stream import Settings, run
 
     run(target, prompts or (), Settings(mode, block_count, max_new_tokens, temperature, top_p, seed), device=device)
 
@@ -254,7 +254,7 @@ def evaluate(
     seed: Annotated[int, typer.Option(help="draws the needles")] = 0,
 ) -> None:
     """Perplexity by budget and length, needle in a haystack, attention, lm-eval tasks; several models side by side."""
-    from ssa_megatron.evaluation.settings import Settings, numbers
+    from ssa_megatron.evaluation.measure_settings import Settings, numbers
 
     settings = Settings(
         parts=tuple(dict.fromkeys(parts.split(",") + (["tasks"] if tasks else []))),
@@ -273,7 +273,7 @@ def evaluate(
         batch_tokens=batch_tokens,
         seed=seed,
     )
-    from ssa_megatron.evaluation.command import evaluate as measure
+    from ssa_megatron.evaluation.evaluate_command import evaluate as measure
 
     measure(
         targets, settings, out=out, sources=text or (), data=data, haystack=haystack or (), step=step, device=device
@@ -297,7 +297,7 @@ def main() -> None:
     except SSAError as error:
         fail(error)
     except Exception as error:
-        kernels = sys.modules.get("kernels.spec")  # it imports torch, which most verbs do without
+        kernels = sys.modules.get("ssa_kernels.spec")  # it imports torch, which most verbs do without
         if kernels is not None and isinstance(error, kernels.KernelArgumentError):
             fail(ConfigError(str(error), remedy="change the attention section of the recipe"))
         # usage errors of the argument parser know how to show themselves

@@ -37,9 +37,9 @@ def tokenizer_train(
     text_field: Annotated[str, typer.Option(help="field of JSON lines that holds the text")] = "text",
 ) -> None:
     """Train a SentencePiece model with byte fallback on a sample of the sources, which may exceed memory."""
-    import pipelines
+    import ssa_pipelines
 
-    tokenizer = pipelines.train_tokenizer(
+    tokenizer = ssa_pipelines.train_tokenizer(
         sources,
         out,
         vocab_size=vocab_size,
@@ -62,10 +62,10 @@ def tokenizer_inspect(
     documents: Annotated[int, typer.Option(min=1, help="how many documents of the sample to read")] = 1000,
 ) -> None:
     """Print what a tokenizer is, and on a sample: bytes per token, coverage; and its odd pieces."""
-    import pipelines
+    import ssa_pipelines
 
-    texts = itertools.islice(pipelines.iter_documents(sample, text_field=text_field), documents) if sample else ()
-    print(json.dumps(pipelines.Tokenizer.load(model).inspect(texts), indent=2, ensure_ascii=False))
+    texts = itertools.islice(ssa_pipelines.iter_documents(sample, text_field=text_field), documents) if sample else ()
+    print(json.dumps(ssa_pipelines.Tokenizer.load(model).inspect(texts), indent=2, ensure_ascii=False))
 
 
 @data_app.command("prepare")
@@ -85,9 +85,9 @@ def data_prepare(
     reuse: Annotated[bool, typer.Option(help="keep an existing dataset made from the same inputs")] = False,
 ) -> None:
     """Encode, pack and write a corpus. Killed, the same command goes on where it was; nothing is left half-written."""
-    import pipelines
+    import ssa_pipelines
 
-    found = pipelines.prepare(
+    found = ssa_pipelines.prepare(
         _named(sources),
         tokenizer,
         out,
@@ -115,7 +115,7 @@ def data_prepare(
 @data_app.command("corpus")
 def data_corpus(out: Annotated[Path, typer.Argument(help="folder to write JSON lines into")]) -> None:
     """Build a free corpus from documentation packages of pip and Debian's apt, duplicates dropped."""
-    from pipelines import corpora
+    from ssa_pipelines.corpus import package_corpus as corpora
 
     for name, size in corpora.build(out, progress=reporter()).items():
         print(f"{name}: {size / 1e6:.1f} MB of text")
@@ -124,9 +124,9 @@ def data_corpus(out: Annotated[Path, typer.Argument(help="folder to write JSON l
 @data_app.command("verify")
 def data_verify(path: Annotated[str, typer.Argument(help="dataset folder, or s3://bucket/prefix")]) -> None:
     """Read back every shard: sizes, hashes, counts, rows."""
-    import pipelines
+    import ssa_pipelines
 
-    print(json.dumps(pipelines.verify(path, progress=reporter()), indent=2))
+    print(json.dumps(ssa_pipelines.verify(path, progress=reporter()), indent=2))
 
 
 @data_app.command("ledger")
@@ -144,9 +144,9 @@ def data_ledger(
 @data_app.command("stats")
 def data_stats(path: Annotated[str, typer.Argument(help="dataset folder, or s3://bucket/prefix")]) -> None:
     """Print tokens, documents, rows and entropy of a dataset."""
-    import pipelines
+    import ssa_pipelines
 
-    print(json.dumps(pipelines.stats(path), indent=2))
+    print(json.dumps(ssa_pipelines.stats(path), indent=2))
 
 
 def _named(sources: list[str]) -> list[str] | dict[str, list[str]]:

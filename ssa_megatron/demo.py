@@ -16,7 +16,7 @@ import sys
 import time
 from pathlib import Path
 
-import pipelines
+import ssa_pipelines
 from ssa_megatron.checkpoint.reader import Checkpoint
 from ssa_megatron.config import Recipe, load_recipe
 from ssa_megatron.errors import ConfigError, SSAError
@@ -69,7 +69,7 @@ def run_demo(out: Path) -> None:
     _ssa("export", interrupted, folder)
     title("In a process that can import only torch and transformers: perplexity and text")
     answer = _bare(folder, data, recipe)
-    info = pipelines.load_dataset_info(data)
+    info = ssa_pipelines.load_dataset_info(data)
     extra = {
         "unigram_entropy": info.unigram_entropy,
         "resume": resume,
@@ -184,7 +184,7 @@ def _bare(folder: Path, data: Path, recipe: Recipe) -> dict:
     """Perplexity in both modes and at four budgets, and continuations in both, computed by the exported folder alone."""
     from ssa_megatron.hf.isolated import run_isolated
 
-    [*rows] = pipelines.evaluation_rows(
+    [*rows] = ssa_pipelines.evaluation_rows(
         data, rows=recipe.train.eval_rows, micro_batch_rows=1, data_parallel_rank=0, data_parallel_size=1
     )
     documents = [d for r in rows for d in split_documents(r.tokens, r.doc_starts)]

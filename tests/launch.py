@@ -14,13 +14,15 @@ from pathlib import Path
 import psutil
 
 ROOT = Path(__file__).resolve().parents[1]
+MODULES = os.pathsep.join(str(ROOT / folder) for folder in (".", "kernels", "pipelines", "cluster"))
+"""What PYTHONPATH needs so that a child process imports this tree."""
 
 
 def environment(**extra: str) -> dict[str, str]:
     """The environment of a CPU process: one thread, no compilation, this tree's modules; nothing of a launcher around us."""
     launcher = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     kept = {key: value for key, value in os.environ.items() if key not in launcher}
-    paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    paths = os.pathsep.join(filter(None, (MODULES, os.environ.get("PYTHONPATH"))))
     return {**kept, "OMP_NUM_THREADS": "1", "TORCH_COMPILE_DISABLE": "1", "PYTHONPATH": paths, **extra}
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ssa_megatron.checkpoint.manifest import Manifest, committed, step_folder
 from ssa_megatron.errors import CheckpointError
-from ssa_megatron.parallel.context import ParallelContext
+from ssa_megatron.parallel.state import ParallelState
 from ssa_megatron.zero.optimizer import ShardedOptimizer
 
 THREADS = 4  # that hash files of one process
@@ -185,21 +185,21 @@ class Checkpoint:
             raise CheckpointError(f"{self.folder / file}: {key} cannot be read ({error})") from None
 
 
-def newest_valid(run: Path, context: ParallelContext) -> tuple[Checkpoint | None, list[str]]:
+def newest_valid(run: Path, parallel: ParallelState) -> tuple[Checkpoint | None, list[str]]:
     """The newest checkpoint of a run that verifies, the same on every rank, and a line for each newer one passed over.
 
     The ranks share the hashing. Raises CheckpointError when checkpoints exist and none of them verifies: starting from
     scratch is a decision for a person.
     """
     rejected = []
-    for name in context.agree([path.name for path in committed(run)] if context.is_writer else None):
+    for name in parallel.broadcast_object([path.name for path in committed(run)] if parallel.is_rank0 else None):
         problem, checkpoint = None, None
         try:
             checkpoint = Checkpoint(run / "checkpoints" / name)
-            checkpoint.verify(list(checkpoint.content.files)[context.rank :: context.world])
+            checkpoint.verify(list(checkpoint.content.files)[parallel.rank :: parallel.world_size])
         except CheckpointError as error:
             problem = error.problem
-        problem = next((p for p in context.gather(problem) if p), None)
+        problem = next((p for p in parallel.all_gather_object(problem) if p), None)
         if problem is None:
             return checkpoint, rejected
         rejected.append(f"checkpoint {name} is not used: {problem}")

@@ -15,10 +15,10 @@ from pathlib import Path
 from torch import Tensor
 
 from ssa_megatron.checkpoint.manifest import LATEST, MANIFEST, Manifest, StoredFile, committed, step_folder
-from ssa_megatron.checkpoint.stream import HostCopies, cuda_event, write_safetensors
+from ssa_megatron.checkpoint.tensor_file import HostCopies, cuda_event, write_safetensors
 from ssa_megatron.config import Recipe, digest
 from ssa_megatron.files import replace_durably, sync_folder, write_durably
-from ssa_megatron.parallel.context import ParallelContext
+from ssa_megatron.parallel.state import ParallelState
 from ssa_megatron.zero.optimizer import ShardedOptimizer
 
 THREADS = 4  # a rank; hashing runs at about half a gigabyte a second and core
@@ -37,7 +37,7 @@ class PendingCheckpoint:
         run: Path,
         optimizer: ShardedOptimizer,
         recipe: Recipe,
-        context: ParallelContext,
+        parallel: ParallelState,
         *,
         step: int,
         state: dict,
@@ -45,31 +45,31 @@ class PendingCheckpoint:
     ):
         """Begin `run/checkpoints/step-XXXXXXXX`; every rank calls. `state` is the run's own at this step."""
         self.step = step
-        self._recipe, self._context = recipe, context
+        self._recipe, self._parallel = recipe, parallel
         self._about = {"step": step, "state": state, "tokenizer_fingerprint": tokenizer_fingerprint}
         self._final = step_folder(run, step)
         self._temporary = self._final.with_name(f".tmp-{self._final.name}")
         self._files: list[tuple[str, dict[str, dict], Future]] = []
         threads = ThreadPoolExecutor(THREADS, thread_name_prefix="checkpoint")
         error = None
-        if context.is_writer:
+        if parallel.is_rank0:
             try:
                 shutil.rmtree(self._temporary, ignore_errors=True)
                 self._temporary.mkdir(parents=True)
             except OSError as problem:
                 error = f"rank 0: {problem}"
-        self._error = context.agree(error)
+        self._error = parallel.broadcast_object(error)
         if self._error is None:
-            ready = cuda_event(context.device)
-            for number, (tensors, pieces) in enumerate(_files(_pieces(optimizer, context))):
-                name = f"rank-{context.rank:05d}-{number:03d}.safetensors"
+            ready = cuda_event(parallel.device)
+            for number, (tensors, pieces) in enumerate(_files(_pieces(optimizer, parallel))):
+                name = f"rank-{parallel.rank:05d}-{number:03d}.safetensors"
                 writing = threads.submit(write_safetensors, self._temporary / name, tensors, HostCopies(ready))
                 self._files.append((name, pieces, writing))
         threads.shutdown(wait=False)  # they end when their files are written
 
     def finish(self) -> str | None:
         """Wait for this rank's files, then commit. Every rank calls and gets None, or a sentence that says what failed."""
-        context = self._context
+        parallel = self._parallel
         if self._error:
             return f"not written: {self._error}"
         error, share = None, []
@@ -77,10 +77,10 @@ class PendingCheckpoint:
         try:
             share = [(name, writing.result(), pieces) for name, pieces, writing in self._files]
         except Exception as problem:  # told below, on all ranks: none of them may wait for the others
-            error = f"rank {context.rank}: {problem}"
-        error = next((e for e in context.gather(error) if e), None)
-        shares = context.collect(share) if error is None else []
-        if context.is_writer and error is None:
+            error = f"rank {parallel.rank}: {problem}"
+        error = next((e for e in parallel.all_gather_object(error) if e), None)
+        shares = parallel.gather_object(share) if error is None else []
+        if parallel.is_rank0 and error is None:
             try:
                 about = {
                     **self._about,
@@ -91,16 +91,16 @@ class PendingCheckpoint:
                 commit(self._temporary, self._final, manifest)
             except OSError as problem:
                 error = f"rank 0: {problem}"
-        if error := context.agree(error):
-            if context.is_writer:
+        if error := parallel.broadcast_object(error):
+            if parallel.is_rank0:
                 shutil.rmtree(self._temporary, ignore_errors=True)
             return f"not written: {error}"
-        if context.is_writer:
+        if parallel.is_rank0:
             try:
                 point_latest_at(self._final)
             except OSError as problem:  # a signpost for people: loaders look at the folders themselves
                 error = f"committed, but `{LATEST}` could not be pointed at it: {problem}"
-        return context.agree(error)
+        return parallel.broadcast_object(error)
 
     def abandon(self) -> None:
         """Wait for this rank's threads and commit nothing: the run is ending on an error. What is left, `prune` removes."""
@@ -132,11 +132,11 @@ def prune(run: Path, keep: int, *, newest: int) -> None:
                 path.unlink()
 
 
-def _pieces(optimizer: ShardedOptimizer, context: ParallelContext) -> list[tuple[Tensor, dict]]:
+def _pieces(optimizer: ShardedOptimizer, parallel: ParallelState) -> list[tuple[Tensor, dict]]:
     """(1-d tensor, description) of everything this rank stores: its fragments cut along the blocks of global tensors."""
     found = []
     for fragment in optimizer.fragments():
-        if (fragment.named.replicated and context.tensor_rank > 0) or fragment.named.tied_copy:
+        if (fragment.named.replicated and parallel.tp_rank > 0) or fragment.named.tied_copy:
             continue  # other ranks hold the same values: one writes
         kinds = {"master": fragment.master, "exp_avg": fragment.exp_avg, "exp_avg_sq": fragment.exp_avg_sq}
         if fragment.working.dtype != fragment.master.dtype:

@@ -14,11 +14,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from ssa_megatron.doctor.command import examine_machine
+from ssa_megatron.doctor.device_speed import measure
+from ssa_megatron.doctor.doctor_command import examine_machine
 from ssa_megatron.doctor.finding import Finding
 from ssa_megatron.doctor.gpu import expected, gpus
-from ssa_megatron.doctor.speed import measure
-from ssa_megatron.parallel import cpu
+from ssa_megatron.parallel import device as cpu
 from ssa_megatron.planning.hardware import Hardware
 
 SLOW, LAME = 0.9, 0.7  # of the median rank: WARN, FAIL

@@ -10,8 +10,8 @@ import shutil
 import subprocess
 from pathlib import Path
 
+from ssa_megatron.doctor.device_speed import Speed, measure
 from ssa_megatron.doctor.finding import Finding
-from ssa_megatron.doctor.speed import Speed, measure
 from ssa_megatron.planning.hardware import TABLE, Hardware
 
 FIELDS = (

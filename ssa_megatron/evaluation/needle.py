@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from ssa_megatron.errors import ConfigError, DataProblem
-from ssa_megatron.evaluation.settings import Settings
+from ssa_megatron.evaluation.measure_settings import Settings
 from ssa_megatron.evaluation.targets import Opened, not_finite
 from ssa_megatron.evaluation.text import Text, encode
 

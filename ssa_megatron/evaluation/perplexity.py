@@ -44,7 +44,7 @@ def split_documents(tokens: Tensor, doc_starts: Tensor) -> list[list[int]]:
         row, column = (expected != doc_starts).nonzero()[0].tolist()
         raise DataProblem(
             f"doc_starts[{row}, {column}] = {int(doc_starts[row, column])} is neither {column} nor the start before it",
-            remedy="pass the rows as pipelines.evaluation_rows gives them",
+            remedy="pass the rows as ssa_pipelines.evaluation_rows gives them",
         )
     documents = []
     for row, new in zip(tokens.tolist(), fresh, strict=True):

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ssa_megatron.evaluation.settings import Settings
+from ssa_megatron.evaluation.measure_settings import Settings
 from ssa_megatron.evaluation.targets import Opened, not_finite
 from ssa_megatron.evaluation.text import Text, pieces, sequences
 from ssa_megatron.hf import bare

@@ -16,7 +16,7 @@ import torch
 
 from ssa_megatron.config import Recipe
 from ssa_megatron.errors import CheckpointError, ConfigError
-from ssa_megatron.evaluation.page import compose
+from ssa_megatron.evaluation.evaluation_page import compose
 from ssa_megatron.hf.generate import open_folder
 
 SCHEMA = "ssa-evaluation/1"

@@ -14,7 +14,7 @@ from pathlib import Path
 import yaml
 
 from ssa_megatron.errors import ConfigError, DataProblem, EnvironmentProblem
-from ssa_megatron.evaluation.settings import Settings
+from ssa_megatron.evaluation.measure_settings import Settings
 from ssa_megatron.evaluation.targets import Opened
 
 

@@ -8,7 +8,7 @@ import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-import pipelines
+import ssa_pipelines
 from ssa_megatron.config import Recipe
 from ssa_megatron.errors import ConfigError, DataProblem
 
@@ -31,17 +31,17 @@ class Text:
 
 def from_sources(sources: Sequence[str], size: int) -> Text:
     """The first `size` bytes of documents of files, folders, globs or package:king-james; the last one is whole."""
-    return Text(" ".join(sources), _first(pipelines.iter_documents(list(sources)), size))
+    return Text(" ".join(sources), _first(ssa_pipelines.iter_documents(list(sources)), size))
 
 
 def held_out(location: str, size: int) -> Text:
     """The first `size` bytes of the documents of a prepared dataset's validation split, the last one whole."""
-    info = pipelines.load_dataset_info(location)
+    info = ssa_pipelines.load_dataset_info(location)
     if "validation" not in info.splits or not info.splits["validation"].rows:
         raise DataProblem(
             f"{location}: nothing was held out", remedy="prepare it with a validation fraction, or give --text"
         )
-    tokenizer = pipelines.Tokenizer.load(info.tokenizer_path)
+    tokenizer = ssa_pipelines.Tokenizer.load(info.tokenizer_path)
     return Text(
         f"{location} (validation)", _first(_documents(location, info.splits["validation"].rows, tokenizer), size)
     )
@@ -110,10 +110,10 @@ def _first(documents: Iterable[str], size: int) -> list[str]:
     return found
 
 
-def _documents(location: str, rows: int, tokenizer: pipelines.Tokenizer) -> Iterator[str]:
+def _documents(location: str, rows: int, tokenizer: ssa_pipelines.Tokenizer) -> Iterator[str]:
     """Rows hold the documents one after the other, each begun by bos and ended by eos: joined, they are whole again."""
     begun: list[int] = []
-    for row in pipelines.evaluation_rows(
+    for row in ssa_pipelines.evaluation_rows(
         location, rows=rows, micro_batch_rows=1, data_parallel_rank=0, data_parallel_size=1
     ):
         for token in row.tokens[0].tolist():

@@ -17,10 +17,10 @@ from pathlib import Path
 import torch
 from transformers import DynamicCache
 
-from ssa_megatron.hf.cache_ssa import adopt_cache
-from ssa_megatron.hf.configuration_ssa import SSAConfig
+from ssa_megatron.hf.bundle.cache_ssa import adopt_cache
+from ssa_megatron.hf.bundle.configuration_ssa import SSAConfig
+from ssa_megatron.hf.bundle.modeling_ssa import SSAForCausalLM
 from ssa_megatron.hf.decode import Decoder
-from ssa_megatron.hf.modeling_ssa import SSAForCausalLM
 
 TINY = {"vocab_size": 256, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}  # fmt: skip

@@ -6,7 +6,7 @@ not measured.
 
 import math
 
-from ssa_megatron.hf.configuration_ssa import SSAConfig
+from ssa_megatron.hf.bundle.configuration_ssa import SSAConfig
 from ssa_megatron.train.metrics import read_metrics
 
 KINDS = {

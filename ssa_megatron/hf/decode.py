@@ -1,6 +1,6 @@
 """Decoding an exported model with this project's kernels: caches with pooled keys, one CUDA graph a step.
 
-The model's own weights and modules, with attention over `kernels.KVCache`s in place of the transformers cache; a step gives
+The model's own weights and modules, with attention over `ssa_kernels.KVCache`s in place of the transformers cache; a step gives
 the logits that the model's forward gives, and in sparse mode reads the pooled keys and the selected blocks only. It serves
 `full`, `moba` and `ssa` models; `nsa`, whose other streams have no cached kernel, is refused, and is decoded by transformers.
 """
@@ -8,9 +8,9 @@ the logits that the model's forward gives, and in sparse mode reads the pooled k
 import torch
 from torch import Tensor
 
-from kernels import BlockSpec, KVCache, cached_attention
+from ssa_kernels import BlockSpec, KVCache, cached_attention
 from ssa_megatron.errors import ConfigError
-from ssa_megatron.hf.positions_ssa import rotary_table, rotate, wide
+from ssa_megatron.hf.bundle.positions_ssa import rotary_table, rotate, wide
 
 
 class Decoder:

@@ -15,16 +15,17 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pipelines import DataError, Tokenizer
 from ssa_megatron.errors import CheckpointError, ConfigError, DataProblem
+from ssa_megatron.hf.bundle.configuration_ssa import SSAConfig
+from ssa_megatron.hf.bundle.modeling_ssa import SSAForCausalLM
 from ssa_megatron.hf.card import measured, model_card
-from ssa_megatron.hf.configuration_ssa import SSAConfig
-from ssa_megatron.hf.modeling_ssa import SSAForCausalLM
 from ssa_megatron.hf.parity import prove
 from ssa_megatron.hf.staging import staged
-from ssa_megatron.hf.tokenizer import write_tokenizer
+from ssa_megatron.hf.tokenizer_export import write_tokenizer
+from ssa_pipelines import DataError, Tokenizer
 
 SHARD_BYTES = 5_000_000_000
+BUNDLE = Path(__file__).parent / "bundle"
 CODE = (
     "configuration_ssa.py",
     "modeling_ssa.py",
@@ -207,7 +208,7 @@ def _write_tokenizer(checkpoint, config: SSAConfig, folder: Path) -> dict:
 
 def _write_config(config: SSAConfig, written: dict, marks: dict, folder: Path) -> None:
     for name in CODE:
-        shutil.copyfile(Path(__file__).with_name(name), folder / name)
+        shutil.copyfile(BUNDLE / name, folder / name)
     ids = {f"{key}_token_id": marks[f"{key}_id"] for key in ("bos", "eos", "pad")}
     for key, value in ids.items():
         setattr(config, key, value)
@@ -228,7 +229,7 @@ def _write_config(config: SSAConfig, written: dict, marks: dict, folder: Path) -
 def _check(checkpoint, config: SSAConfig, folder: Path, dtype: torch.dtype | None) -> dict:
     """Read the folder back and prove it; raises CheckpointError at the first difference."""
     for name in CODE:
-        if (folder / name).read_bytes() != Path(__file__).with_name(name).read_bytes():
+        if (folder / name).read_bytes() != (BUNDLE / name).read_bytes():
             raise CheckpointError(f"{folder / name} was not copied whole", remedy="is the disk full? export again")
     manifest = checkpoint.manifest
     known = {key: manifest[key] for key in ("step", "recipe_digest", "tokenizer_fingerprint")}

@@ -36,7 +36,7 @@ def open_folder(folder: str | Path, *, device: str = "cpu"):
 
 def _what(error: Exception, path: Path) -> str:
     """One line of it. For weights of other shapes than config.json's the headers are read: transformers 5 names none."""
-    from ssa_megatron.hf.configuration_ssa import SSAConfig
+    from ssa_megatron.hf.bundle.configuration_ssa import SSAConfig
     from ssa_megatron.hf.export import expected_shapes
     from ssa_megatron.hf.folder import HubFolder
 

@@ -2,7 +2,7 @@
 
     RUN/recipe.yaml                     model and attention as the folder has them, the rest a place to start from
     RUN/tokenizer.model or .json        what the data must be prepared with
-    RUN/checkpoints/step-00000000/      checkpoint/start.py
+    RUN/checkpoints/step-00000000/      checkpoint/initial.py
 
 The run folder is made beside its final name and renamed at the end: an import that fails leaves nothing. It refuses an
 existing run folder, a tokenizer larger than the vocabulary, and everything that folder.py and origins.py refuse.
@@ -11,8 +11,8 @@ existing run folder, a tokenizer larger than the vocabulary, and everything that
 from collections.abc import Iterable
 from pathlib import Path
 
-import pipelines
-from ssa_megatron.checkpoint.start import write_start
+import ssa_pipelines
+from ssa_megatron.checkpoint.initial import write_start
 from ssa_megatron.config import Recipe, dump_recipe, resolve
 from ssa_megatron.config.recipe import apply_override, differences
 from ssa_megatron.errors import ConfigError, DataProblem
@@ -31,7 +31,7 @@ def import_folder(
 
     overrides: `section.field=value`; attention may differ from the folder's, the model may not. tokenizer: where the folder
     has none that can be used. One tensor is in memory at a time, and one file's worth while it is written. Raises
-    ConfigError, DataProblem, pipelines.DataError, CheckpointError, EnvironmentProblem; then nothing is left behind.
+    ConfigError, DataProblem, ssa_pipelines.DataError, CheckpointError, EnvironmentProblem; then nothing is left behind.
     """
     run = Path(run)
     if run.exists() or run.is_symlink():
@@ -89,13 +89,13 @@ def _any_train(origin: Origin) -> dict:
     return {"steps": 1, "sequence_length": length, "global_batch_rows": 1, "micro_batch_rows": 1}
 
 
-def _tokenizer(folder: HubFolder, given: str | Path | None) -> pipelines.Tokenizer:
+def _tokenizer(folder: HubFolder, given: str | Path | None) -> ssa_pipelines.Tokenizer:
     """The given one; the SentencePiece model our export keeps; tokenizer.json; tokenizer.model."""
     if given is not None:
-        return pipelines.Tokenizer.load(given)
+        return ssa_pipelines.Tokenizer.load(given)
     found = [folder.path / name for name in ("tokenizer.json", "tokenizer.model") if (folder.path / name).is_file()]
     if not found:
         raise DataProblem(f"{folder.path}: no tokenizer.json and no tokenizer.model", remedy="--tokenizer FILE")
     if len(found) == 2 and folder.config["model_type"] == "ssa":
         found.reverse()  # tokenizer.json was made from it
-    return pipelines.Tokenizer.load(found[0])
+    return ssa_pipelines.Tokenizer.load(found[0])

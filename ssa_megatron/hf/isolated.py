@@ -18,7 +18,16 @@ from importlib.machinery import BuiltinImporter, FrozenImporter, PathFinder
 from pathlib import Path
 
 NEVER = frozenset(
-    ("ssa_megatron", "kernels", "pipelines", "cluster", "sentencepiece", "deepspeed", "megatron", "streaming")
+    (
+        "ssa_megatron",
+        "ssa_kernels",
+        "ssa_pipelines",
+        "ssa_cluster",
+        "sentencepiece",
+        "deepspeed",
+        "megatron",
+        "streaming",
+    )
 )
 """Refused even should a future transformers require a package of that name."""
 

@@ -15,13 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import kernels
+import ssa_kernels
 from ssa_megatron.config.sections import RopeScaling
 from ssa_megatron.errors import CheckpointError
-from ssa_megatron.hf.configuration_ssa import SSAConfig
+from ssa_megatron.hf.bundle.configuration_ssa import SSAConfig
+from ssa_megatron.hf.bundle.modeling_ssa import SSADecoderLayer
+from ssa_megatron.hf.bundle.positions_ssa import rotary_table as exported_table
 from ssa_megatron.hf.folder import HubFolder
-from ssa_megatron.hf.modeling_ssa import SSADecoderLayer
-from ssa_megatron.hf.positions_ssa import rotary_table as exported_table
 from ssa_megatron.model.rope import rotary_table as trainer_table
 
 BLOCKS = 5  # of the sequence: four whole ones and a token of the next
@@ -171,15 +171,15 @@ def _trainer_layer(w: dict[str, Tensor], x: Tensor, table, config: SSAConfig, mo
     )
     gate = torch.sigmoid(y @ w["self_attn.g_proj.weight"].T).view(batch, tokens, -1, config.gates)
     q, k = (_rotated(x, table) for x in (q, k))
-    spec, tied = kernels.BlockSpec(config.block_size, count), _ties(q, k, config, count)
+    spec, tied = ssa_kernels.BlockSpec(config.block_size, count), _ties(q, k, config, count)
     if config.attention_kind == "nsa":
-        selected = gate[..., 1:2] * kernels.sparse_attention(q, k, v, spec)
-        compressed = gate[..., :1] * kernels.compressed_attention(q, k, v, spec)
-        output = compressed + selected + gate[..., 2:] * kernels.window_attention(q, k, v, config.window)
+        selected = gate[..., 1:2] * ssa_kernels.sparse_attention(q, k, v, spec)
+        compressed = gate[..., :1] * ssa_kernels.compressed_attention(q, k, v, spec)
+        output = compressed + selected + gate[..., 2:] * ssa_kernels.window_attention(q, k, v, config.window)
     elif mode == "full":
-        output = gate * kernels.full_attention(q, k, v)
+        output = gate * ssa_kernels.full_attention(q, k, v)
     else:
-        output = gate * kernels.sparse_attention(q, k, v, spec)
+        output = gate * ssa_kernels.sparse_attention(q, k, v, spec)
     x = x + output.flatten(2) @ w["self_attn.o_proj.weight"].T
     y = _norm(x, w["post_attention_layernorm.weight"], config)
     gated = F.silu(y @ w["mlp.gate_proj.weight"].T) * (y @ w["mlp.up_proj.weight"].T)

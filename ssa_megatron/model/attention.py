@@ -11,13 +11,13 @@ from megatron.core import tensor_parallel
 from megatron.core.transformer.attention import SelfAttention
 from torch import Tensor, nn
 
-import kernels
+import ssa_kernels
 from ssa_megatron.config.sections import Attention
-from ssa_megatron.model.alignment import hang_on
+from ssa_megatron.model.auxiliary_loss import attach_auxiliary_loss
 from ssa_megatron.model.batch import SSABatch
 from ssa_megatron.model.rope import apply_rotary
 from ssa_megatron.model.shapes import GATES
-from ssa_megatron.parallel.context_parallel import whole_row
+from ssa_megatron.parallel.context_parallel import gather_kv
 
 
 class SSACoreAttention(nn.Module):
@@ -27,8 +27,8 @@ class SSACoreAttention(nn.Module):
         self, config, layer_number, attn_mask_type, attention_type, *, attention: Attention, pg_collection, **_
     ):
         super().__init__()
-        self.attention, self.context_group = attention, pg_collection.cp
-        self.spec = kernels.BlockSpec(attention.block_size, attention.block_count, attention.topk)
+        self.attention, self.cp_group = attention, pg_collection.cp
+        self.spec = ssa_kernels.BlockSpec(attention.block_size, attention.block_count, attention.topk)
 
     def forward(
         self,
@@ -44,7 +44,7 @@ class SSACoreAttention(nn.Module):
         group_q: the queries of all heads of the group when other ranks hold some of them, else None.
         """
         if batch.query_index is not None:
-            k_nbhd, v_nbhd = whole_row(torch.cat((k_nbhd, v_nbhd), 2), self.context_group).chunk(2, 2)
+            k_nbhd, v_nbhd = gather_kv(torch.cat((k_nbhd, v_nbhd), 2), self.cp_group).chunk(2, 2)
         q, k, v = (x.transpose(0, 1) for x in (q_nbhd, k_nbhd, v_nbhd))
         gate = torch.sigmoid(gate_nbg.float()).transpose(0, 1)  # [B, n, heads * gates]
         where = {"doc_starts": batch.doc_starts, "query_index": batch.query_index, "backend": self.attention.backend}
@@ -52,26 +52,26 @@ class SSACoreAttention(nn.Module):
         routing_q = q if group_q_nbhd is None else group_q_nbhd.transpose(0, 1)
         routed = {}
         if group_q_nbhd is not None and kind != "full":
-            routed["blocks"] = kernels.select_blocks(routing_q, k, self.spec, **where)
+            routed["blocks"] = ssa_kernels.select_blocks(routing_q, k, self.spec, **where)
         if batch.wants_statistics:
-            found = kernels.attention_statistics(routing_q, k, self.spec, **{**where, "backend": "auto"})
+            found = ssa_kernels.attention_statistics(routing_q, k, self.spec, **{**where, "backend": "auto"})
             batch.statistics.append(torch.stack((found.sparsity.mean(), found.entropy.mean())))
         if kind == "ssa":
-            output, loss = kernels.ssa_attention(q, k, v, gate, self.spec, trunk=batch.trunk, **routed, **where)
+            output, loss = ssa_kernels.ssa_attention(q, k, v, gate, self.spec, trunk=batch.trunk, **routed, **where)
             if torch.is_grad_enabled() or not self.training:  # under recomputation the first pass runs without grad
                 batch.alignment.append(loss.detach())
             if torch.is_grad_enabled():
-                output = hang_on(output, loss, batch.alignment_scale)
+                output = attach_auxiliary_loss(output, loss, batch.alignment_scale)
         elif kind == "full":
-            output = _gated(kernels.full_attention(q, k, v, **where), gate)
+            output = _gated(ssa_kernels.full_attention(q, k, v, **where), gate)
         elif kind == "moba":
-            output = _gated(kernels.sparse_attention(q, k, v, self.spec, **routed, **where), gate)
+            output = _gated(ssa_kernels.sparse_attention(q, k, v, self.spec, **routed, **where), gate)
         else:
             gate = gate.unflatten(-1, (-1, GATES["nsa"]))  # head-major
             output = (
-                _gated(kernels.compressed_attention(q, k, v, self.spec, **where), gate[..., 0])
-                + _gated(kernels.sparse_attention(q, k, v, self.spec, **routed, **where), gate[..., 1])
-                + _gated(kernels.window_attention(q, k, v, self.attention.window, **where), gate[..., 2])
+                _gated(ssa_kernels.compressed_attention(q, k, v, self.spec, **where), gate[..., 0])
+                + _gated(ssa_kernels.sparse_attention(q, k, v, self.spec, **routed, **where), gate[..., 1])
+                + _gated(ssa_kernels.window_attention(q, k, v, self.attention.window, **where), gate[..., 2])
             )
         return output.transpose(0, 1).flatten(2)
 

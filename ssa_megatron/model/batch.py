@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from ssa_megatron.config import Recipe
-from ssa_megatron.model.mode import Trunk
 from ssa_megatron.model.rope import rotary_table
-from ssa_megatron.parallel.context import ParallelContext
-from ssa_megatron.parallel.context_parallel import own_places
+from ssa_megatron.model.trunk import Trunk
+from ssa_megatron.parallel.context_parallel import local_positions
+from ssa_megatron.parallel.state import ParallelState
 
 
 @dataclass
@@ -50,19 +50,19 @@ class SSABatch:
         recipe: Recipe,
         tokens: Tensor,
         doc_starts: Tensor,
-        context: ParallelContext,
+        parallel: ParallelState,
         *,
         trunk: Trunk,
         alignment_scale: float,
     ) -> "SSABatch":
-        """From one micro-batch of `pipelines.TrainStream`: tokens int64 [B, N], doc_starts int32 [B, N]."""
+        """From one micro-batch of `ssa_pipelines.TrainStream`: tokens int64 [B, N], doc_starts int32 [B, N]."""
         one_document_a_row = not doc_starts.any()  # asked before the copy: on the device it would wait for it
-        device = context.device
+        device = parallel.device
         tokens = tokens.to(device, non_blocking=True)
         doc_starts = doc_starts.to(device, non_blocking=True)
         labels, counted = next_tokens(tokens, doc_starts)
         positions = torch.arange(tokens.shape[1], device=device) - doc_starts
-        places = own_places(tokens.shape[1], context, device)
+        places = local_positions(tokens.shape[1], parallel, device)
         if places is not None:
             tokens, labels, counted, positions = (x[:, places] for x in (tokens, labels, counted, positions))
         return SSABatch(

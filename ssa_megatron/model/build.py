@@ -24,20 +24,20 @@ from ssa_megatron.model.attention import SSACoreAttention, SSASelfAttention
 from ssa_megatron.model.names import named_parameters
 from ssa_megatron.model.norm import RMSNorm
 from ssa_megatron.model.shapes import padded_vocab_size
-from ssa_megatron.parallel.context import ParallelContext
+from ssa_megatron.parallel.state import ParallelState
 
 
 class SSAChunk(GPTModel):
     """Consecutive layers of the model: a GPTModel whose loss never sees the vocabulary's padding."""
 
-    def __init__(self, *args, real_vocab_size: int, tensor_rank: int, **kwargs):
+    def __init__(self, *args, real_vocab_size: int, tp_rank: int, **kwargs):
         super().__init__(*args, **kwargs)
-        self.real_vocab_size, self.tensor_rank = real_vocab_size, tensor_rank
+        self.real_vocab_size, self.tp_rank = real_vocab_size, tp_rank
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
         """labels int64 [B, N], this rank's logits [N, B, vocab / tensor] -> fp32 loss per token [B, N], nats."""
         width = logits.shape[-1]
-        real = min(width, max(0, self.real_vocab_size - self.tensor_rank * width))
+        real = min(width, max(0, self.real_vocab_size - self.tp_rank * width))
         if real < width:
             logits = torch.nn.functional.pad(logits[..., :real], (0, width - real), value=-1e9)
         loss = vocab_parallel_cross_entropy(logits, labels.t().contiguous())
@@ -57,35 +57,35 @@ class SSAModel(torch.nn.Module):
         return model(*args, **kwargs)
 
 
-def build_model(recipe: Recipe, context: ParallelContext) -> SSAModel:
+def build_model(recipe: Recipe, parallel: ParallelState) -> SSAModel:
     """This rank's part of the model, on its device, in the recipe's precision, with initial weights."""
-    model = build_chunks(recipe, context)
-    model.to(device=context.device)
-    initialize_weights(model, recipe, context)
+    model = build_chunks(recipe, parallel)
+    model.to(device=parallel.device)
+    initialize_weights(model, recipe, parallel)
     return model
 
 
-def build_chunks(recipe: Recipe, context: ParallelContext) -> SSAModel:
+def build_chunks(recipe: Recipe, parallel: ParallelState) -> SSAModel:
     """This rank's part of the model with weights nobody has set (under `torch.device("meta")`: that take no memory)."""
     config, layers = (
         transformer_config(recipe),
-        recipe.model.num_layers // (context.pipeline_size * context.virtual_size),
+        recipe.model.num_layers // (parallel.pp_size * parallel.vpp_size),
     )
     chunks = []
-    for number in range(context.virtual_size):
+    for number in range(parallel.vpp_size):
         chunks.append(
             SSAChunk(
                 config=config,
                 transformer_layer_spec=layer_spec(recipe, layers),
                 vocab_size=padded_vocab_size(recipe),
                 max_sequence_length=recipe.train.sequence_length,
-                pre_process=context.is_first_stage and number == 0,
-                post_process=context.is_last_stage and number == context.virtual_size - 1,
+                pre_process=parallel.is_first_stage and number == 0,
+                post_process=parallel.is_last_stage and number == parallel.vpp_size - 1,
                 share_embeddings_and_output_weights=recipe.model.tied_embeddings,
                 position_embedding_type="none",  # rotation happens in SSASelfAttention, with each document's own positions
                 real_vocab_size=recipe.model.vocab_size,
-                tensor_rank=context.tensor_rank,
-                vp_stage=number if context.virtual_size > 1 else None,
+                tp_rank=parallel.tp_rank,
+                vp_stage=number if parallel.vpp_size > 1 else None,
             )
         )
     return SSAModel(chunks)
@@ -163,9 +163,9 @@ def layer_spec(recipe: Recipe, layers: int) -> TransformerBlockSubmodules:
 
 
 @torch.no_grad()
-def initialize_weights(model: SSAModel, recipe: Recipe, context: ParallelContext) -> None:
+def initialize_weights(model: SSAModel, recipe: Recipe, parallel: ParallelState) -> None:
     """Norms at 1, matrices N(0, init_std), padding rows at 0; the same numbers for every topology."""
-    for named in named_parameters(model, recipe, context):
+    for named in named_parameters(model, recipe, parallel):
         # megatron-core sets this only where it initializes; without it the gradient norm counts one rank's share of a matrix
         named.parameter.tensor_model_parallel = not named.replicated
         named.parameter.ds_pipe_replicated = named.tied_copy  # and without this it counts a tied embedding twice

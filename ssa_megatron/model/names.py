@@ -13,7 +13,7 @@ from torch import nn
 
 from ssa_megatron.config import Recipe
 from ssa_megatron.model.shapes import GATES, global_shapes, padded_vocab_size
-from ssa_megatron.parallel.context import ParallelContext
+from ssa_megatron.parallel.state import ParallelState
 
 
 @dataclass(frozen=True)
@@ -48,15 +48,15 @@ class NamedParameter:
     """This is the last stage's."""
 
 
-def named_parameters(model: nn.Module, recipe: Recipe, context: ParallelContext) -> Iterator[NamedParameter]:
+def named_parameters(model: nn.Module, recipe: Recipe, parallel: ParallelState) -> Iterator[NamedParameter]:
     """Every parameter of this rank's model with its blocks, in the model's own (deterministic) order."""
-    spread = recipe.model.tied_embeddings and context.pipeline_size > 1
+    spread = recipe.model.tied_embeddings and parallel.pp_size > 1
     for chunk in model.chunks:
         layer_numbers = [layer.layer_number - 1 for layer in chunk.decoder.layers]
         for local_name, parameter in chunk.named_parameters():
             match = re.fullmatch(r"decoder\.layers\.(\d+)\.(.*)", local_name)
             prefix, leaf = (f"model.layers.{layer_numbers[int(match[1])]}.", match[2]) if match else ("", local_name)
-            blocks = _blocks(leaf, prefix, recipe, context.tensor_rank, context.tensor_size)
+            blocks = _blocks(leaf, prefix, recipe, parallel.tp_rank, parallel.tp_size)
             yield NamedParameter(
                 parameter,
                 tuple(blocks),

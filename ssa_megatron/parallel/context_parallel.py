@@ -9,14 +9,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ssa_megatron.parallel.context import ParallelContext
+from ssa_megatron.parallel.state import ParallelState
 
 
-def own_places(length: int, context: ParallelContext, device) -> Tensor | None:
+def local_positions(length: int, parallel: ParallelState, device) -> Tensor | None:
     """Places in the row of this rank's tokens, int32 [length / size], in the order it holds them; None when rows are not cut."""
-    if context.context_size == 1:
+    if parallel.cp_size == 1:
         return None
-    return _places(length, context.context_rank, context.context_size).to(device)
+    return _places(length, parallel.cp_rank, parallel.cp_size).to(device)
 
 
 def _places(length: int, rank: int, size: int) -> Tensor:
@@ -24,7 +24,7 @@ def _places(length: int, rank: int, size: int) -> Tensor:
     return torch.cat((chunks[rank], chunks[2 * size - 1 - rank]))
 
 
-class _WholeRow(torch.autograd.Function):
+class _GatherKV(torch.autograd.Function):
     @staticmethod
     def forward(ctx, own_nbx: Tensor, group) -> Tensor:
         ctx.group, size = group, dist.get_world_size(group)
@@ -43,6 +43,6 @@ class _WholeRow(torch.autograd.Function):
         return own, None
 
 
-def whole_row(own_nbx: Tensor, group) -> Tensor:
+def gather_kv(own_nbx: Tensor, group) -> Tensor:
     """`[N / size, B, ...]` of each rank -> `[N, B, ...]` in the row's order, on all of them. Backward sums their gradients."""
-    return _WholeRow.apply(own_nbx, group)
+    return _GatherKV.apply(own_nbx, group)

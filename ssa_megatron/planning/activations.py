@@ -6,9 +6,9 @@ Triton backend every stream's output and log-sum-exp and the selected blocks, th
 """
 
 from ssa_megatron.config import Recipe
-from ssa_megatron.planning.shares import Cut
+from ssa_megatron.planning.rank_shapes import Cut
 
-LSE_PAD = 128  # kernels/triton_dense.py
+LSE_PAD = 128  # kernels/ssa_kernels/triton/dense.py
 SCORE_TILES = 4 * 2**27 * 4  # the PyTorch backend works on tiles of 2^27 fp32 scores: about four live at once on a GPU
 
 

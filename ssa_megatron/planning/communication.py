@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from ssa_megatron.config import Recipe
 from ssa_megatron.planning.memory import padded
-from ssa_megatron.planning.shares import Cut, cut, parameters
+from ssa_megatron.planning.rank_shapes import Cut, cut, parameters
 
 PERSISTENT = 100_000  # elements below which ZeRO-3 keeps a parameter whole; DeepSpeed's default
 

@@ -54,8 +54,9 @@ class Hardware:
     assumed: tuple[str, ...] = ("link", "network", "node", "host", "host_link")
 
 
-# Attention: fitted to kernels/bench-h100-2026-11-24.csv (86a8313, one H100 80GB HBM3, torch 2.11, Triton 3.6) and held to the
-# newer rows of kernels/README.md, "Measured", by test_planning_measured.py. The rest: training runs of measured-h100.jsonl.
+# Attention: fitted to kernels/benchmarks/results/attention-h100-2026-11-24.csv (86a8313, one H100 80GB HBM3, torch 2.11,
+# Triton 3.6) and held to the newer rows of kernels/README.md, "Measured", by
+# test_planning_measured.py. The rest: training runs of measured-h100.jsonl.
 _H100 = Hardware(
     name="h100",
     memory=int(79.1 * 2**30),

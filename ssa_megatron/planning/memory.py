@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from ssa_megatron.config import Recipe
 from ssa_megatron.planning import activations
-from ssa_megatron.planning.shares import Cut, Parameters, cut, parameters
+from ssa_megatron.planning.rank_shapes import Cut, Parameters, cut, parameters
 
 ALL_REDUCE_BUCKET = 500_000_000  # elements; DeepSpeed's constant for BF16_Optimizer
 WORKSPACES = 76 * 10**6  # of cuBLAS and others, from the allocator; measured on an H100

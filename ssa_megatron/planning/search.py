@@ -14,7 +14,7 @@ from ssa_megatron.errors import ConfigError
 from ssa_megatron.parallel import topology
 from ssa_megatron.planning.hardware import Hardware
 from ssa_megatron.planning.memory import Memory, memory
-from ssa_megatron.planning.speed import Speed, speed
+from ssa_megatron.planning.step_time import Speed, speed
 
 SLACK = 0.04  # of allocated bytes: what the caching allocator holds beyond them; 1 to 9 % in our runs
 FEWEST_TOKENS = 1024  # of a row on one context-parallel rank

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from ssa_megatron.config import load_recipe
 from ssa_megatron.parallel.topology import RULES
-from ssa_megatron.planning import hardware, page, search
+from ssa_megatron.planning import hardware, search
+from ssa_megatron.planning import plan_page as page
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 RECIPE, WORLD, DOCUMENT, TOP = "ssa-8b", 64, 2048, 5

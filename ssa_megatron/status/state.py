@@ -15,8 +15,8 @@ from ssa_megatron.checkpoint.manifest import committed
 from ssa_megatron.config import Recipe, load_recipe
 from ssa_megatron.errors import EXIT_HUNG, EXIT_REQUEUE, RunFolderError
 from ssa_megatron.planning.hardware import TABLE
-from ssa_megatron.planning.speed import flops_per_token
-from ssa_megatron.train import beats
+from ssa_megatron.planning.step_time import flops_per_token
+from ssa_megatron.train import heartbeat_file as beats
 from ssa_megatron.train.restarts import Start, read_starts
 
 RECENT = 50  # steps that speed and the time left are taken from

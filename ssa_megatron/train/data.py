@@ -6,23 +6,23 @@ It refuses, before training, data that a run of this recipe could not use to its
 from collections.abc import Iterator
 from pathlib import Path
 
-import pipelines
+import ssa_pipelines
 from ssa_megatron.config import Recipe
 from ssa_megatron.errors import ConfigError
-from ssa_megatron.parallel.context import ParallelContext
+from ssa_megatron.parallel.state import ParallelState
 
 
-def access(recipe: Recipe) -> pipelines.Access:
+def access(recipe: Recipe) -> ssa_pipelines.Access:
     """How remote datasets are reached."""
-    return pipelines.Access(recipe.data.cache, recipe.data.cache_limit, recipe.data.patience)
+    return ssa_pipelines.Access(recipe.data.cache, recipe.data.cache_limit, recipe.data.patience)
 
 
-def open_data(recipe: Recipe) -> tuple[dict[str, pipelines.DatasetInfo], pipelines.Tokenizer]:
+def open_data(recipe: Recipe) -> tuple[dict[str, ssa_pipelines.DatasetInfo], ssa_pipelines.Tokenizer]:
     """The datasets by source name, and their tokenizer. Raises ConfigError or DataError for what does not fit."""
-    infos = pipelines.open_sources(_sources(recipe), access(recipe))
-    tokenizer = pipelines.Tokenizer.load(next(iter(infos.values())).tokenizer_path)
+    infos = ssa_pipelines.open_sources(_sources(recipe), access(recipe))
+    tokenizer = ssa_pipelines.Tokenizer.load(next(iter(infos.values())).tokenizer_path)
     for info in infos.values():
-        pipelines.check_compatible(
+        ssa_pipelines.check_compatible(
             info,
             tokenizer_fingerprint=tokenizer.fingerprint,
             vocab_size=recipe.model.vocab_size,
@@ -33,19 +33,19 @@ def open_data(recipe: Recipe) -> tuple[dict[str, pipelines.DatasetInfo], pipelin
     return infos, tokenizer
 
 
-def describe(infos: dict[str, pipelines.DatasetInfo]) -> str:
+def describe(infos: dict[str, ssa_pipelines.DatasetInfo]) -> str:
     """One line: tokens and rows of the training split, over all sources."""
     splits = [info.split("train") for info in infos.values()]
     names = f" of {len(infos)} sources" if len(infos) > 1 else ""
     return f"{sum(split.tokens for split in splits):,} tokens in {sum(split.rows for split in splits):,} rows{names}"
 
 
-def open_stream(recipe: Recipe, rank: int, size: int) -> pipelines.TrainStream:
+def open_stream(recipe: Recipe, rank: int, size: int) -> ssa_pipelines.TrainStream:
     """The training stream of one data-parallel rank; the same on all tensor, pipeline and context ranks of a replica."""
-    return pipelines.TrainStream(
+    return ssa_pipelines.TrainStream(
         _sources(recipe),
         "train",
-        phases=[pipelines.Phase(phase.from_tokens, phase.weights) for phase in recipe.data.phases],
+        phases=[ssa_pipelines.Phase(phase.from_tokens, phase.weights) for phase in recipe.data.phases],
         micro_batch_rows=recipe.train.micro_batch_rows,
         global_batch_rows=recipe.train.global_batch_rows,
         data_parallel_rank=rank,
@@ -58,24 +58,24 @@ def open_stream(recipe: Recipe, rank: int, size: int) -> pipelines.TrainStream:
     )
 
 
-def evaluation_rows(recipe: Recipe, context: ParallelContext) -> Iterator[pipelines.Rows]:
+def evaluation_rows(recipe: Recipe, parallel: ParallelState) -> Iterator[ssa_pipelines.Rows]:
     """This rank's micro-batches of the first train.eval_rows validation rows."""
-    per_rank = recipe.train.eval_rows // context.data_size
+    per_rank = recipe.train.eval_rows // parallel.dp_size
     # The interleaved schedule wants a multiple of the stages; topology.py checked that rows one at a time give it.
-    size = 1 if context.virtual_size > 1 else recipe.train.micro_batch_rows
-    return pipelines.evaluation_rows(
+    size = 1 if parallel.vpp_size > 1 else recipe.train.micro_batch_rows
+    return ssa_pipelines.evaluation_rows(
         _sources(recipe),
         "validation",
         rows=recipe.train.eval_rows,
         micro_batch_rows=size if per_rank % size == 0 else 1,
-        data_parallel_rank=context.data_rank,
-        data_parallel_size=context.data_size,
+        data_parallel_rank=parallel.dp_rank,
+        data_parallel_size=parallel.dp_size,
         access=access(recipe),
     )
 
 
 def ledger_of_step(run: Path, step: int) -> Iterator[dict]:
-    """What step `step` of a run (numbered as in metrics.jsonl, from 1) saw; see pipelines.read_ledger."""
+    """What step `step` of a run (numbered as in metrics.jsonl, from 1) saw; see ssa_pipelines.read_ledger."""
     from ssa_megatron.checkpoint.reader import Checkpoint
     from ssa_megatron.config import load_recipe
 
@@ -94,7 +94,7 @@ def ledger_of_step(run: Path, step: int) -> Iterator[dict]:
                 remedy="ask with the recipe of that time, in a copy of the run folder with a checkpoint of that time",
             )
         rows.load_state_dict(state)
-    return pipelines.read_ledger(rows, begin, size)
+    return ssa_pipelines.read_ledger(rows, begin, size)
 
 
 def _sources(recipe: Recipe) -> str | dict[str, str]:
@@ -105,7 +105,7 @@ def _sources(recipe: Recipe) -> str | dict[str, str]:
     return recipe.data.sources or recipe.data.path
 
 
-def _check_evaluation(recipe: Recipe, infos: dict[str, pipelines.DatasetInfo]) -> None:
+def _check_evaluation(recipe: Recipe, infos: dict[str, ssa_pipelines.DatasetInfo]) -> None:
     """An evaluation that cannot be done is refused before training, not at its first interval."""
     have = sum(info.splits["validation"].rows if "validation" in info.splits else 0 for info in infos.values())
     if have < recipe.train.eval_rows:

@@ -14,8 +14,10 @@ from pathlib import Path
 
 from ssa_megatron.config.sections import Watchdog
 from ssa_megatron.errors import EXIT_HUNG
-from ssa_megatron.parallel.context import ParallelContext
-from ssa_megatron.train import beats, exposition, requests
+from ssa_megatron.parallel.state import ParallelState
+from ssa_megatron.train import heartbeat_file as beats
+from ssa_megatron.train import profile_request as requests
+from ssa_megatron.train import prometheus as exposition
 from ssa_megatron.train.signals import StopRequest
 from ssa_megatron.train.watchdog import Watch
 
@@ -25,14 +27,14 @@ EXPOSITION = 15.0  # seconds between two versions of metrics.prom
 class Heartbeat:
     """A context manager around a run, on every rank; the first rank watches all others, the last one watches the first."""
 
-    def __init__(self, run: Path, context: ParallelContext, stop: StopRequest, settings: Watchdog):
-        self._run, self._context, self._stop, self._settings = run, context, stop, settings
+    def __init__(self, run: Path, parallel: ParallelState, stop: StopRequest, settings: Watchdog):
+        self._run, self._parallel, self._stop, self._settings = run, parallel, stop, settings
         # rank 0's clock names this start: what earlier ones left behind is not news
-        self._start = context.on_writer(lambda: beats.clear(run))
-        last = context.world - 1
-        watched = {0: range(1, context.world), last: range(1)}.get(context.rank, ()) if last else ()
-        self._watch = Watch(watched, settings, everyone=context.is_writer) if watched else None
-        self._spokesmen = sorted({0, last} - {context.rank})
+        self._start = parallel.run_on_rank0(lambda: beats.clear(run))
+        last = parallel.world_size - 1
+        watched = {0: range(1, parallel.world_size), last: range(1)}.get(parallel.rank, ()) if last else ()
+        self._watch = Watch(watched, settings, everyone=parallel.is_rank0) if watched else None
+        self._spokesmen = sorted({0, last} - {parallel.rank})
         self._phase, self._step, self._marks, self._since = "build", 0, 0, time.monotonic()
         self._first = 0
         self._beats, self._verdict = 0, None
@@ -77,14 +79,14 @@ class Heartbeat:
         while True:
             sent = self._beat()
             self._listen(sent)
-            if self._context.is_writer:
+            if self._parallel.is_rank0:
                 self.asked = self.asked or requests.take(self._run)
                 if self.values is not None and time.monotonic() - exposed >= EXPOSITION:
                     exposed = time.monotonic()
                     exposition.write(self._run, self.values)
             if self._closed.wait(self._settings.heartbeat):
                 break
-        if self._context.is_writer and self.values is not None:
+        if self._parallel.is_rank0 and self.values is not None:
             exposition.write(self._run, self.values)
 
     def _beat(self) -> bool:
@@ -96,7 +98,7 @@ class Heartbeat:
         at, waits = _whereabouts()
         return {
             "start": self._start,
-            "rank": self._context.rank,
+            "rank": self._parallel.rank,
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "time": round(time.time(), 3),
@@ -143,13 +145,13 @@ class Heartbeat:
         """Every thread's Python stack into logs/, then the end, without the main thread: it is what hangs."""
         try:
             (self._run / "logs").mkdir(exist_ok=True)
-            with (self._run / "logs" / f"stacks-rank-{self._context.rank:05d}.txt").open("w") as file:
-                who = f"rank {self._context.rank}, pid {os.getpid()} on {socket.gethostname()}"
+            with (self._run / "logs" / f"stacks-rank-{self._parallel.rank:05d}.txt").open("w") as file:
+                who = f"rank {self._parallel.rank}, pid {os.getpid()} on {socket.gethostname()}"
                 file.write(f"{self._verdict}\n{who}, in {self._phase} of step {self._step}\n\n")
                 file.flush()
                 faulthandler.dump_traceback(file, all_threads=True)
         except OSError as problem:
-            print(f"watchdog: no stacks of rank {self._context.rank}: {problem}", file=sys.stderr)
+            print(f"watchdog: no stacks of rank {self._parallel.rank}: {problem}", file=sys.stderr)
         if wait:
             print(f"watchdog: {self._verdict}\n  stacks of all ranks: {self._run / 'logs'}", file=sys.stderr)
         time.sleep(wait)
@@ -170,7 +172,7 @@ def _whereabouts() -> tuple[str, bool]:
     while frame is not None:
         path = frame.f_code.co_filename
         waits = waits or "torch/distributed" in path
-        if ours is None and any(part in path for part in ("ssa_megatron/", "pipelines/", "kernels/")):
+        if ours is None and any(part in path for part in ("ssa_megatron/", "ssa_pipelines/", "ssa_kernels/")):
             ours = f"{'/'.join(path.rsplit('/', 2)[-2:])}:{frame.f_lineno} {frame.f_code.co_name}"
         frame = frame.f_back
     return ours or "?", waits

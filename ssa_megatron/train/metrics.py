@@ -1,4 +1,4 @@
-"""metrics.jsonl, the truth about a run: one line a step, each step once, also after restarts; boards beside it.
+"""metrics.jsonl, the truth about a run: one line a step, each step once, also after restarts; loggers beside it.
 
 Floats are written so that they read back to the same bits. Opening for a resume drops lines of steps that will run again and
 a last line torn by a kill.
@@ -10,19 +10,19 @@ from pathlib import Path
 
 from ssa_megatron.errors import RunFolderError
 from ssa_megatron.files import replace_durably
-from ssa_megatron.train.boards import Boards
+from ssa_megatron.train.loggers import Loggers
 
 
 class Metrics:
     """Append-only writer; used by the writer rank alone. A full disk delays lines, it does not lose them or end training."""
 
-    def __init__(self, path: Path, *, resume_step: int, boards: Boards | None = None):
-        """Steps up to and including `resume_step` stay; `boards` get every line too, and are closed with the file."""
+    def __init__(self, path: Path, *, resume_step: int, loggers: Loggers | None = None):
+        """Steps up to and including `resume_step` stay; `loggers` get every line too, and are closed with the file."""
         kept = [line for line in read_metrics(path) if line["step"] <= resume_step] if path.exists() else []
         replace_durably(path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = path.open("ab", buffering=0)
         self._waiting = b""
-        self._boards = boards or Boards([])
+        self._boards = loggers or Loggers([])
 
     def write(self, step: int, values: dict) -> str | None:
         """`values` of one step; numbers and strings. The line is in the file when this returns, or it returns why not."""

@@ -9,14 +9,14 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from ssa_megatron.parallel.context import ParallelContext
+from ssa_megatron.parallel.state import ParallelState
 
 
 class StepProfiler:
     """Records the steps of `steps`, numbered from 1 as in the log, into `folder`."""
 
-    def __init__(self, steps: range, folder: Path, context: ParallelContext):
-        self.steps, self.folder, self.context = steps, folder, context
+    def __init__(self, steps: range, folder: Path, parallel: ParallelState):
+        self.steps, self.folder, self.parallel = steps, folder, parallel
         self._recorder: profile | None = None
 
     def ask(self, first: int, last: int, done: int) -> bool:
@@ -27,8 +27,8 @@ class StepProfiler:
         return True
 
     def before(self, step: int) -> None:
-        if step in self.steps and self.context.data_rank == 0 and self._recorder is None:
-            on_gpu = [ProfilerActivity.CUDA] if self.context.device.type == "cuda" else []
+        if step in self.steps and self.parallel.dp_rank == 0 and self._recorder is None:
+            on_gpu = [ProfilerActivity.CUDA] if self.parallel.device.type == "cuda" else []
             self._recorder = profile(activities=[ProfilerActivity.CPU, *on_gpu])
             self._recorder.start()
 
@@ -43,11 +43,11 @@ class StepProfiler:
         if self._recorder is None:
             return None
         recorder, self._recorder = self._recorder, None
-        if self.context.device.type == "cuda":
+        if self.parallel.device.type == "cuda":
             torch.cuda.synchronize()
         recorder.stop()
-        stem = f"steps-{self.steps[0]}-{self.steps[-1]}-rank-{self.context.rank}"
-        order = "self_cuda_time_total" if self.context.device.type == "cuda" else "self_cpu_time_total"
+        stem = f"steps-{self.steps[0]}-{self.steps[-1]}-rank-{self.parallel.rank}"
+        order = "self_cuda_time_total" if self.parallel.device.type == "cuda" else "self_cpu_time_total"
         table = recorder.key_averages().table(sort_by=order, row_limit=60, max_name_column_width=80)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)

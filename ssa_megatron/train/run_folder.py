@@ -24,7 +24,7 @@ from ssa_megatron.errors import ConfigError, RunFolderError
 from ssa_megatron.files import replace_durably
 
 if TYPE_CHECKING:
-    from ssa_megatron.parallel.context import ParallelContext
+    from ssa_megatron.parallel.state import ParallelState
 
 LEASE_SECONDS = 120  # NFSv4 keeps the locks of a client that vanished for 90 s
 
@@ -78,11 +78,11 @@ class RunFolder:
             ) from None
         return True
 
-    def record(self, recipe: Recipe, tokenizer: dict[str, bytes], ds_config: dict, context: "ParallelContext") -> None:
+    def record(self, recipe: Recipe, tokenizer: dict[str, bytes], ds_config: dict, parallel: "ParallelState") -> None:
         """Write down what is about to run, once nothing can refuse it any more; the tokenizer's files when there are none."""
         for name, content in {
             "config.yaml": dump_recipe(recipe),
-            "environment.json": json.dumps(_environment(context), indent=1),
+            "environment.json": json.dumps(_environment(parallel), indent=1),
             "ds_config.json": json.dumps(ds_config, indent=1),
         }.items():
             replace_durably(self.path / name, content)
@@ -92,7 +92,7 @@ class RunFolder:
                 (self.path / ".tmp-tokenizer").rename(self.path / name)
 
 
-def claim(path: Path, recipe: Recipe, context: "ParallelContext") -> RunFolder:
+def claim(path: Path, recipe: Recipe, parallel: "ParallelState") -> RunFolder:
     """Own `path` for `recipe`, which must be the one it was begun with. Raises RunFolderError, on every rank."""
     folder = RunFolder(path)
 
@@ -100,7 +100,7 @@ def claim(path: Path, recipe: Recipe, context: "ParallelContext") -> RunFolder:
         folder.lock()
         check_same_run(path, recipe)
 
-    context.on_writer(take)
+    parallel.run_on_rank0(take)
     return folder
 
 
@@ -133,7 +133,7 @@ def check_same_run(path: Path, recipe: Recipe) -> None:
         )
 
 
-def _environment(context: "ParallelContext") -> dict:
+def _environment(parallel: "ParallelState") -> dict:
     import torch
 
     packages = ("torch", "triton", "megatron-core", "deepspeed", "mosaicml-streaming", "sentencepiece", "transformers")
@@ -150,7 +150,7 @@ def _environment(context: "ParallelContext") -> dict:
         "platform": platform.platform(),
         "python": platform.python_version(),
         "packages": versions,
-        "world": context.world,
-        "device": str(context.device),
-        "gpu": torch.cuda.get_device_name(context.device) if context.device.type == "cuda" else None,
+        "world": parallel.world_size,
+        "device": str(parallel.device),
+        "gpu": torch.cuda.get_device_name(parallel.device) if parallel.device.type == "cuda" else None,
     }

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ssa_megatron.checkpoint.writer import PendingCheckpoint, prune
 from ssa_megatron.config import Recipe
-from ssa_megatron.parallel.context import ParallelContext
+from ssa_megatron.parallel.state import ParallelState
 from ssa_megatron.train.console import Console
 from ssa_megatron.zero.optimizer import ShardedOptimizer
 
@@ -23,11 +23,11 @@ class Saver:
         run: Path,
         optimizer: ShardedOptimizer,
         recipe: Recipe,
-        context: ParallelContext,
+        parallel: ParallelState,
         console: Console,
         tokenizer_fingerprint: str,
     ):
-        self.run, self._optimizer, self._recipe, self._context = run, optimizer, recipe, context
+        self.run, self._optimizer, self._recipe, self._parallel = run, optimizer, recipe, parallel
         self._console, self._fingerprint = console, tokenizer_fingerprint
         self._pending: PendingCheckpoint | None = None
         self._began, self._keep = 0.0, True
@@ -51,7 +51,7 @@ class Saver:
             self.run,
             self._optimizer,
             self._recipe,
-            self._context,
+            self._parallel,
             step=progress.step,
             state={**asdict(progress), "data": data},
             tokenizer_fingerprint=self._fingerprint,
@@ -64,7 +64,7 @@ class Saver:
             return True
         waiting = time.monotonic()
         problem = pending.finish()
-        if self._context.is_writer and self._keep and not problem:
+        if self._parallel.is_rank0 and self._keep and not problem:
             prune(self.run, self._recipe.checkpoint.keep, newest=pending.step)
         self.waited = time.monotonic() - waiting
         if problem:

@@ -54,7 +54,7 @@ class StopRequest:
         self._stage = "meeting"
 
     def met(self) -> None:
-        """The processes have met: from here on the ranks agree (ParallelContext.most) before any of them ends."""
+        """The processes have met: from here on the ranks agree (ParallelState.most) before any of them ends."""
         self._stage = "met"
 
     def ask(self, reason: str) -> None:

@@ -18,8 +18,8 @@ from torch import Tensor
 from ssa_megatron.config import Recipe
 from ssa_megatron.model.batch import SSABatch
 from ssa_megatron.model.build import SSAChunk, SSAModel
-from ssa_megatron.model.mode import mode
-from ssa_megatron.parallel.context import ParallelContext
+from ssa_megatron.model.trunk import mode
+from ssa_megatron.parallel.state import ParallelState
 from ssa_megatron.parallel.topology import micro_batches
 from ssa_megatron.zero.optimizer import ShardedOptimizer
 
@@ -45,7 +45,7 @@ def train_step(
     optimizer: ShardedOptimizer,
     rows: Iterator,
     recipe: Recipe,
-    context: ParallelContext,
+    parallel: ParallelState,
     *,
     step: int,
     lr: float,
@@ -60,19 +60,19 @@ def train_step(
     before_update: called on every rank between backward and update; until it returns, weights, masters and moments are still
     those of the step before (a checkpoint of which may be on its way).
     """
-    count = micro_batches(recipe, context.world)
+    count = micro_batches(recipe, parallel.world_size)
     model.train()
     batches, error = [], None
     phase("data")
     try:
         with drawing():
-            batches = draw_batches(rows, recipe, context, step=step, count=count)
+            batches = draw_batches(rows, recipe, parallel, step=step, count=count)
     except BaseException as problem:  # a damaged shard is seen by one rank; all of them stop here, with its name
         error = problem
     phase("compute")
-    counted = context.sum(sum(int(batch.counted.sum()) for batch in batches), error)
-    ce = forward_backward(model, batches, recipe, context, counted=counted, engine=optimizer.backward_engine)
-    loss, alignment, sparse = reduce_losses(ce, batches, recipe, context, counted=counted)
+    counted = parallel.all_reduce_sum(sum(int(batch.counted.sum()) for batch in batches), error)
+    ce = forward_backward(model, batches, recipe, parallel, counted=counted, engine=optimizer.backward_engine)
+    loss, alignment, sparse = reduce_losses(ce, batches, recipe, parallel, counted=counted)
     phase("save")
     before_update()
     phase("update")
@@ -84,18 +84,18 @@ def train_step(
     return StepResult(loss, alignment, grad_norm, applied, int(counted), sparse)
 
 
-def draw_batches(rows: Iterator, recipe: Recipe, context: ParallelContext, *, step: int, count: int) -> list[SSABatch]:
-    """This rank's micro-batches of a step: micro-batch i of data-parallel rank r is number `i * data_size + r` globally."""
+def draw_batches(rows: Iterator, recipe: Recipe, parallel: ParallelState, *, step: int, count: int) -> list[SSABatch]:
+    """This rank's micro-batches of a step: micro-batch i of data-parallel rank r is number `i * dp_size + r` globally."""
     attention, scale = recipe.attention, alignment_scale(recipe, count)
     batches = []
     for i in range(count):
         drawn = next(rows)
         trunk = "full"
         if attention.kind == "ssa":
-            number = i * context.data_size + context.data_rank
+            number = i * parallel.dp_size + parallel.dp_rank
             trunk = mode(recipe.train.seed, step, number, attention.sparse_probability)
         batches.append(
-            SSABatch.pack(recipe, drawn.tokens, drawn.doc_starts, context, trunk=trunk, alignment_scale=scale)
+            SSABatch.pack(recipe, drawn.tokens, drawn.doc_starts, parallel, trunk=trunk, alignment_scale=scale)
         )
     return batches
 
@@ -109,7 +109,7 @@ def forward_backward(
     model: SSAModel,
     batches: list[SSABatch],
     recipe: Recipe,
-    context: ParallelContext,
+    parallel: ParallelState,
     *,
     counted: float,
     forward_only: bool = False,
@@ -123,7 +123,7 @@ def forward_backward(
     sums: list[Tensor] = []
     # The schedule multiplies by the context-parallel size and divides by the number of micro-batches, DeepSpeed divides by data-
     # times context-parallel size; `counted` is global.
-    weight = len(batches) * context.data_size / max(counted, 1.0)
+    weight = len(batches) * parallel.dp_size / max(counted, 1.0)
 
     def loss_of(batch: SSABatch, losses_bn: Tensor):
         total = (losses_bn.float() * batch.counted).sum()
@@ -139,7 +139,7 @@ def forward_backward(
         source = iter(batches)
         for _ in batches:
             losses, loss_of_batch = forward(source, engine)
-            engine.backward(loss_of_batch(losses)[0] * (context.context_size / len(batches)))
+            engine.backward(loss_of_batch(losses)[0] * (parallel.cp_size / len(batches)))
         return torch.stack(sums).sum()
     interleaved = len(model.chunks) > 1
     get_forward_backward_func()(
@@ -151,21 +151,21 @@ def forward_backward(
         micro_batch_size=batches[0].tokens.shape[0],
         forward_only=forward_only,
     )
-    return torch.stack(sums).sum() if sums else torch.zeros((), device=context.device)
+    return torch.stack(sums).sum() if sums else torch.zeros((), device=parallel.device)
 
 
 def reduce_losses(
-    ce: Tensor, batches: list[SSABatch], recipe: Recipe, context: ParallelContext, *, counted: float
+    ce: Tensor, batches: list[SSABatch], recipe: Recipe, parallel: ParallelState, *, counted: float
 ) -> tuple[float, float, float]:
     """(cross-entropy, alignment, sparse share) of the global batch, from this rank's sums; one all-reduce, one host read."""
-    alignment = torch.zeros((), dtype=torch.float64, device=context.device)
+    alignment = torch.zeros((), dtype=torch.float64, device=parallel.device)
     for batch in batches:
         for loss in batch.alignment:
             alignment += loss.double()
     # every rank aligned its own layers, heads and tokens; tensor-parallel ranks of the last stage hold the same cross-entropy
-    alignment /= recipe.model.num_layers * len(batches) * context.shard_size * context.tensor_size
-    sparse = sum(batch.trunk == "sparse" for batch in batches) / (len(batches) * context.world)
-    ce = ce.double() / (max(counted, 1.0) * context.tensor_size)
-    totals = torch.stack((ce, alignment, torch.tensor(sparse, dtype=torch.float64, device=context.device)))
+    alignment /= recipe.model.num_layers * len(batches) * parallel.dp_cp_size * parallel.tp_size
+    sparse = sum(batch.trunk == "sparse" for batch in batches) / (len(batches) * parallel.world_size)
+    ce = ce.double() / (max(counted, 1.0) * parallel.tp_size)
+    totals = torch.stack((ce, alignment, torch.tensor(sparse, dtype=torch.float64, device=parallel.device)))
     dist.all_reduce(totals)
     return tuple(totals.tolist())

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ssa_megatron.config import Recipe
 from ssa_megatron.model.names import named_parameters
-from ssa_megatron.parallel.context import Mpu, ParallelContext
+from ssa_megatron.parallel.state import Mpu, ParallelState
 from ssa_megatron.zero.ds_config import deepspeed_config
 from ssa_megatron.zero.shards import Fragment, PartitionedWeights, SharedWeights
 
@@ -27,12 +27,12 @@ from ssa_megatron.zero.shards import Fragment, PartitionedWeights, SharedWeights
 class ShardedOptimizer:
     """AdamW under ZeRO for one model on this rank."""
 
-    def __init__(self, model: torch.nn.Module, recipe: Recipe, context: ParallelContext):
+    def __init__(self, model: torch.nn.Module, recipe: Recipe, parallel: ParallelState):
         import deepspeed
 
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-        self.recipe, self.context = recipe, context
-        self.named = list(named_parameters(model, recipe, context))
+        self.recipe, self.parallel = recipe, parallel
+        self.named = list(named_parameters(model, recipe, parallel))
         self.config = deepspeed_config(recipe)
         # DeepSpeed prints memory figures and advice about features that are switched off here on purpose
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
@@ -40,7 +40,7 @@ class ShardedOptimizer:
             self.engine, *_ = deepspeed.initialize(
                 model=model,
                 optimizer=self._adamw(),
-                mpu=Mpu(context),
+                mpu=Mpu(parallel),
                 config=self.config,
                 dist_init_required=False,
             )
@@ -59,7 +59,7 @@ class ShardedOptimizer:
             {"params": [p for p in parameters if p.dim() > 1], "weight_decay": o.weight_decay},
             {"params": [p for p in parameters if p.dim() == 1], "weight_decay": 0.0},
         ]
-        fused = self.context.device.type == "cuda" or self.recipe.zero.offload_optimizer
+        fused = self.parallel.device.type == "cuda" or self.recipe.zero.offload_optimizer
         return torch.optim.AdamW(groups, lr=o.lr, betas=(o.beta1, o.beta2), eps=o.eps, fused=fused)
 
     def gradient(self, parameter: torch.nn.Parameter) -> Tensor | None:
@@ -77,10 +77,10 @@ class ShardedOptimizer:
         """
         if self.recipe.parallel.sequence and self.backward_engine is None:
             for parameter in self._sequence_parallel_parameters():
-                dist.all_reduce(self.gradient(parameter), group=self.context.tensor_group)
+                dist.all_reduce(self.gradient(parameter), group=self.parallel.tp_group)
         for named in self.named:
             if named.tied:
-                dist.all_reduce(self.gradient(named.parameter), group=self.context.embedding_group)
+                dist.all_reduce(self.gradient(named.parameter), group=self.parallel.embedding_group)
 
     def _sequence_parallel_parameters(self) -> list[torch.nn.Parameter]:
         return [n.parameter for n in self.named if getattr(n.parameter, "sequence_parallel", False)]
@@ -88,7 +88,7 @@ class ShardedOptimizer:
     def _sum_over_tensor_ranks(self, gradient: Tensor) -> Tensor:
         total = gradient.float()  # a copy under bf16; a gradient given to a hook must not be changed
         total = total.clone() if total is gradient else total
-        dist.all_reduce(total, group=self.context.tensor_group)
+        dist.all_reduce(total, group=self.parallel.tp_group)
         return total.to(gradient.dtype)
 
     def step(self, lr: float) -> tuple[float, bool]:

@@ -26,11 +26,11 @@ def slurm(tmp_path_factory):
 @pytest.fixture(scope="session")
 def data(tmp_path_factory) -> Path:
     """The King James text in rows of 512 tokens, with the demo's tokenizer."""
-    import pipelines
+    import ssa_pipelines
 
     folder = tmp_path_factory.mktemp("king-james")
-    tokenizer = pipelines.train_tokenizer("package:king-james", folder / "tokenizer.model", vocab_size=2048)
-    pipelines.prepare("package:king-james", tokenizer, folder / "data", row_length=512, validation_fraction=0.05)
+    tokenizer = ssa_pipelines.train_tokenizer("package:king-james", folder / "tokenizer.model", vocab_size=2048)
+    ssa_pipelines.prepare("package:king-james", tokenizer, folder / "data", row_length=512, validation_fraction=0.05)
     return folder / "data"
 
 

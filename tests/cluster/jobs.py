@@ -8,7 +8,7 @@ import psutil
 from ssa_megatron.train.metrics import read_metrics
 from tests.cluster.conftest import SMALL, submit
 from tests.cluster.mini_slurm import MiniSlurm
-from tests.ssa_megatron.test_resume import figures, final_digest
+from tests.ssa_megatron.train.test_resume import figures, final_digest
 
 RECIPE = ("demo", *SMALL)
 

@@ -25,12 +25,12 @@ def measure(folder: Path, kills: int) -> dict:
     """`cold`: seconds from the launch to its first step. `kills`: a dict each: seconds to the restarted run's first step
     (`next_step`), and to the first step that the killed one had not done (`new_step`).
     """
-    import pipelines
+    import ssa_pipelines
 
-    tokenizer = pipelines.train_tokenizer("package:king-james", folder / "tokenizer.model", vocab_size=2048)
-    pipelines.prepare("package:king-james", tokenizer, folder / "data", row_length=512, validation_fraction=0.05)
+    tokenizer = ssa_pipelines.train_tokenizer("package:king-james", folder / "tokenizer.model", vocab_size=2048)
+    ssa_pipelines.prepare("package:king-james", tokenizer, folder / "data", row_length=512, validation_fraction=0.05)
     run = folder / "run"
-    command = [sys.executable, "-m", "cluster.launch", "--nproc-per-node", "2", "train", "demo", *OVERRIDES]
+    command = [sys.executable, "-m", "ssa_cluster.launch", "--nproc-per-node", "2", "train", "demo", *OVERRIDES]
     command += [f"data.path={folder / 'data'}", "--run-folder", str(run)]
     log = (folder / "log").open("w")
     began = time.monotonic()

@@ -4,8 +4,8 @@ import socket
 
 import pytest
 
-from cluster import addresses
-from cluster.addresses import AddressProblem, interface, own_address, resolve
+from ssa_cluster import addresses
+from ssa_cluster.addresses import AddressProblem, interface, own_address, resolve
 
 
 def test_an_unknown_host_is_named():

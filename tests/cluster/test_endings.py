@@ -2,7 +2,7 @@
 
 import pytest
 
-from cluster.endings import RestartBudget, describe, ending
+from ssa_cluster.exit_codes import RestartBudget, describe, ending
 
 
 @pytest.mark.parametrize(
@@ -28,7 +28,7 @@ def test_one_code_for_all_ranks(codes, expected):
 
 def test_the_codes_are_those_of_the_training_system():
     """cluster/ imports nothing of ours, so that it runs on a login node; hence this comparison."""
-    from cluster.endings import HOPELESS, START_AGAIN
+    from ssa_cluster.exit_codes import HOPELESS, START_AGAIN
     from ssa_megatron import errors
 
     kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, errors.SSAError)]

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from cluster.launch import parse
+from ssa_cluster.launch import parse
 from ssa_megatron.checkpoint.reader import Checkpoint
 from ssa_megatron.train.metrics import read_metrics
 from ssa_megatron.train.restarts import read_starts
@@ -112,7 +112,7 @@ def test_ranks_that_srun_started_without_a_launcher_are_told_how_to(tmp_path):
         SLURM_PROCID="3",
     )
     assert "srun started 8 processes, and nothing has told them of each other" in said
-    assert "srun --ntasks-per-node=1 python -m cluster.launch" in said
+    assert "srun --ntasks-per-node=1 python -m ssa_cluster.launch" in said
     assert not run.exists()
     alone = {"SLURM_STEP_NUM_TASKS": "8", "WORLD_SIZE": "1"}  # a shell of `srun --pty`, as the remedy says
     said = launch.run(1, "ssa_megatron", "train", "demo", "--run-folder", str(run), expect=2, **alone)
@@ -166,7 +166,7 @@ def test_the_launchs_code_survives_threads_that_still_talk_to_the_store():
         import threading, time
         from datetime import timedelta
         from torch.distributed import TCPStore
-        from cluster.launch import _leave
+        from ssa_cluster.launch import _leave
         server = TCPStore("127.0.0.1", 0, is_master=True, timeout=timedelta(seconds=5))
         def talk():
             client = TCPStore("127.0.0.1", server.port, is_master=False, timeout=timedelta(seconds=5))
@@ -198,7 +198,7 @@ def test_a_signal_that_comes_while_another_is_dealt_with_changes_no_code():
     """Once 1, a crash, when srun and scancel signalled within a millisecond, before any rank ran."""
     code = """if 1:
         import os, signal
-        from cluster import launch
+        from ssa_cluster import launch
         def own_address(host, **_):
             os.kill(os.getpid(), signal.SIGUSR1)
         def say(text):
@@ -216,7 +216,7 @@ def test_a_signal_whose_exception_a_library_swallows_is_heard_all_the_same():
     """Once the ranks were started: an import's C code had cleared the exception."""
     code = """if 1:
         import contextlib, os, signal
-        from cluster import launch
+        from ssa_cluster import launch
         def own_address(host, **_):
             with contextlib.suppress(BaseException):
                 os.kill(os.getpid(), signal.SIGTERM)
@@ -230,7 +230,7 @@ def test_a_signal_whose_exception_a_library_swallows_is_heard_all_the_same():
 
 def start(*arguments: str, **extra: str) -> subprocess.Popen:
     return subprocess.Popen(
-        [sys.executable, "-m", "cluster.launch", "--nproc-per-node", "2", *arguments],
+        [sys.executable, "-m", "ssa_cluster.launch", "--nproc-per-node", "2", *arguments],
         cwd=launch.ROOT,
         env=launch.environment(**extra),
         text=True,
@@ -280,7 +280,7 @@ def test_a_terminal_that_is_closed_ends_no_training(dataset, tmp_path):  # noqa:
     """Once the first line that could not be printed did: on the rank, and again in the launcher that was to restart it."""
     recipe, run = recipe_file(tmp_path, dataset, train__steps=30, checkpoint__interval=100), tmp_path / "run"
     terminal, end = pty.openpty()
-    command = [sys.executable, "-m", "cluster.launch", "--nproc-per-node", "2", "train", str(recipe)]
+    command = [sys.executable, "-m", "ssa_cluster.launch", "--nproc-per-node", "2", "train", str(recipe)]
     command += ["logging.interval=1", "--run-folder", str(run)]
     inside = {"stdin": end, "stdout": end, "stderr": end, "start_new_session": True}
     process = subprocess.Popen(command, cwd=launch.ROOT, env=launch.environment(), **inside)
@@ -300,7 +300,7 @@ def test_a_terminal_that_is_closed_ends_no_training(dataset, tmp_path):  # noqa:
 
 
 def test_what_the_launcher_says_on_a_full_disk_ends_nothing():
-    code = "from cluster.endings import say; from cluster.launch import _leave; say('x'); _leave(75)"
+    code = "from ssa_cluster.exit_codes import say; from ssa_cluster.launch import _leave; say('x'); _leave(75)"
     with open("/dev/full", "w") as full:
         command = [sys.executable, "-c", code]
         done = subprocess.run(command, cwd=launch.ROOT, env=launch.environment(), stdout=full, stderr=full, timeout=60)
@@ -327,7 +327,7 @@ def test_a_rank_that_ended_early_is_followed_by_the_others_at_once(tmp_path):
     (tmp_path / "ssa_megatron").mkdir()
     (tmp_path / "ssa_megatron" / "__init__.py").touch()
     (tmp_path / "ssa_megatron" / "__main__.py").write_text(EARLY)
-    command = [sys.executable, "-m", "cluster.launch", "--nproc-per-node", "2", *TRAIN]
+    command = [sys.executable, "-m", "ssa_cluster.launch", "--nproc-per-node", "2", *TRAIN]
     done = subprocess.run(
         command, cwd=tmp_path, env=launch.environment(), capture_output=True, text=True, timeout=100, check=False
     )
@@ -341,7 +341,7 @@ def test_a_batch_that_always_kills_stops_the_launch_and_is_named(dataset, tmp_pa
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "sitecustomize.py").write_text(MURDERER)
     recipe, run = recipe_file(tmp_path, dataset, train__steps=9, checkpoint__interval=2), tmp_path / "run"
-    environment = {"PYTHONPATH": f"{tmp_path / 'site'}:{launch.ROOT}"}
+    environment = {"PYTHONPATH": f"{tmp_path / 'site'}:{launch.MODULES}"}
     process = start("train", str(recipe), "--run-folder", str(run), **environment)
     said = finish(process, 800)
     assert process.returncode == 6, said[-4000:]

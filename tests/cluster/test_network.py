@@ -19,7 +19,7 @@ from ssa_megatron.train.metrics import read_metrics
 from ssa_megatron.train.restarts import read_starts
 from tests import launch
 from tests.cluster.conftest import SMALL
-from tests.ssa_megatron.test_resume import figures
+from tests.ssa_megatron.train.test_resume import figures
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 FIRST, SECOND = "10.99.1.2", "10.99.2.2"
@@ -81,7 +81,7 @@ class Node:
 
     def __init__(self, name: str, rank: int, log: Path, *arguments: str, host: str = FIRST):
         self.log_path, self._log = log, log.open("w")
-        command = ["ip", "netns", "exec", PREFIX + name, sys.executable, "-m", "cluster.launch"]
+        command = ["ip", "netns", "exec", PREFIX + name, sys.executable, "-m", "ssa_cluster.launch"]
         command += ["--host", host, "--node-rank", str(rank), *arguments]
         self.process = subprocess.Popen(
             command, cwd=launch.ROOT, env=launch.environment(), stdout=self._log, stderr=self._log

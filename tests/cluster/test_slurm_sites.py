@@ -3,7 +3,7 @@
 import pytest
 import yaml
 
-from ssa_megatron.status.command import find
+from ssa_megatron.status.status_command import find
 from ssa_megatron.train.metrics import read_metrics
 from ssa_megatron.train.restarts import read_starts
 from ssa_megatron.train.run_folder import read_recipe

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from cluster.settings import SITE, Refused, check_time, read_networks, read_site
-from cluster.submission import TEMPLATES, render
-from cluster.submission import _parse as parse_submission
-from cluster.submission import _submit as submit_here
+from ssa_cluster.site_settings import SITE, Refused, check_time, read_networks, read_site
+from ssa_cluster.submission import TEMPLATES, render
+from ssa_cluster.submission import _parse as parse_submission
+from ssa_cluster.submission import _submit as submit_here
 from ssa_megatron.config import dump_recipe, load_recipe
 from tests import launch
 from tests.cluster.conftest import submit
@@ -233,7 +233,7 @@ def test_odd_settings_give_a_script_that_shellcheck_passes_and_that_starts_the_l
     [code] = (run / "code").iterdir()
     assert folder == str(code)
     at = words.index("/home/me/an environment/bin/python")
-    assert words[at + 1 : at + 3] == ["-m", "cluster.launch"]
+    assert words[at + 1 : at + 3] == ["-m", "ssa_cluster.launch"]
     task = ["optimizer.lr=0.001", "train.seed=7", "--run-folder", f"{run}/0"]
     end = task if template == "array" else ["--run-folder", str(run)]
     assert words[-len(end) - 2 :] == ["train", "recipe.yaml", *end]
@@ -303,7 +303,7 @@ def test_a_job_does_not_inherit_the_job_it_is_submitted_from_nor_the_checkout(si
     (tools / "sbatch").write_text(f'#!/bin/bash\nenv >"{seen}"\necho "4711;cluster"\n')
     (tools / "sbatch").chmod(0o755)
     around = {"SLURM_CPU_BIND": "quiet,mask_cpu:0x1", "SLURM_CONF": "/etc/s.conf", "SSA_HOST": "n9", "MINE": "kept"}
-    around |= {"PATH": f"{tools}:/usr/bin:/bin", "PYTHONPATH": f"/my modules:{launch.ROOT}"}
+    around |= {"PATH": f"{tools}:/usr/bin:/bin", "PYTHONPATH": f"/my modules:{launch.MODULES}"}
     around |= {"SLURM_JOB_ID": "7", "SLURMD_NODENAME": "n9", "WORLD_SIZE": "8"} if inside else {}
     arguments = ("--site", site, "--run-folder", tmp_path / "run", "demo", f"data.path={tmp_path}")
     said = submit(*arguments, environment={**launch.environment(), **around})
@@ -315,8 +315,8 @@ def test_a_job_does_not_inherit_the_job_it_is_submitted_from_nor_the_checkout(si
 
 
 def test_the_folder_it_is_called_from_is_not_searched_for_modules(site, tmp_path):
-    """Once a folder named `cluster` there, or another checkout, was run and submitted in this one's place."""
-    for name in ("cluster", "ssa_megatron"):
+    """Once a folder named `ssa_cluster` there, or another checkout, was run and submitted in this one's place."""
+    for name in ("ssa_cluster", "ssa_megatron"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "__init__.py").write_text("raise SystemExit('the wrong one')\n")
     done = subprocess.run(
@@ -329,7 +329,7 @@ def test_the_folder_it_is_called_from_is_not_searched_for_modules(site, tmp_path
     )
     assert done.returncode == 0, done.stdout + done.stderr
     [code] = (tmp_path / "run" / "code").iterdir()
-    assert (code / "cluster" / "__init__.py").read_bytes() == (CLUSTER / "__init__.py").read_bytes()
+    assert (code / "ssa_cluster" / "launch.py").read_bytes() == (CLUSTER / "ssa_cluster" / "launch.py").read_bytes()
     recipe = yaml.safe_load((code / "recipe.yaml").read_text())
     assert recipe["data"]["path"] == str(tmp_path)
 
@@ -341,7 +341,7 @@ def test_where_there_is_no_slurm_submit_says_what_to_do_instead(site, tmp_path):
         (tools / tool).symlink_to(shutil.which(tool))
     arguments = ("--site", site, "--run-folder", tmp_path / "run", "demo", f"data.path={tmp_path}")
     said = submit(*arguments, environment=launch.environment(PATH=str(tools)), expect=2)
-    assert "no sbatch on this machine: submit from a login node, or start with python -m cluster.launch" in said
+    assert "no sbatch on this machine: submit from a login node, or start with python -m ssa_cluster.launch" in said
 
 
 def test_an_environment_without_the_requirements_is_named(site, tmp_path, monkeypatch):

@@ -19,12 +19,12 @@ from pathlib import Path
 import psutil
 
 from ssa_megatron.checkpoint.manifest import committed
-from ssa_megatron.train.beats import read
-from tests.launch import ROOT, environment, kill, start
+from ssa_megatron.train.heartbeat_file import read
+from tests.launch import MODULES, ROOT, environment, kill, start
 
 SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2")
 RECIPIENTS = ("rank 0", "rank 1", "torchrun", "launcher", "batch shell")
-"""torchrun as it comes; the launcher is cluster.launch, and the batch shell, which starts it, a job script's."""
+"""torchrun as it comes; the launcher is ssa_cluster.launch, and the batch shell, which starts it, a job script's."""
 PAUSES = {"libraries": 8.0, "meeting": 2.0, "build": 2.0, "step": 2.0, "evaluation": 2.0, "save": 2.0, "data": 600.0}
 """Seconds that a phase is made to last; a process stays in it that long, unless it ends the wait itself."""
 
@@ -107,11 +107,11 @@ def start_batch(phase: str, folder: Path, processes: int, arguments: list[str]) 
     (folder / "site").mkdir()
     linger = LINGER.format(phase=phase, pause=str(PAUSES[phase]), folder=str(folder))
     (folder / "site" / "sitecustomize.py").write_text(linger)
-    command = [sys.executable, "-m", "cluster.launch", "--nproc-per-node", str(processes), *arguments]
+    command = [sys.executable, "-m", "ssa_cluster.launch", "--nproc-per-node", str(processes), *arguments]
     return subprocess.Popen(
         ["bash", "-c", BATCH.format(run=folder / "run", command=shlex.join(command))],
         cwd=ROOT,
-        env=environment(PYTHONPATH=f"{folder / 'site'}:{ROOT}"),
+        env=environment(PYTHONPATH=f"{folder / 'site'}:{MODULES}"),
         text=True,
         start_new_session=True,
         stdout=subprocess.PIPE,

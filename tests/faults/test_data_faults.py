@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from pipelines import Access, DatasetError, ShardError, evaluation_rows, storage
-from pipelines.shards import RowReader
+from ssa_pipelines import Access, DatasetError, ShardError, evaluation_rows
+from ssa_pipelines.shards.row_reader import RowReader
+from ssa_pipelines.storage import object_store as storage
 from tests import launch
 from tests.pipelines.conftest import documents, prepared, s3, tokenizer  # noqa: F401 (fixtures)
 from tests.pipelines.object_store import BUCKET, credentials
@@ -132,7 +133,7 @@ def test_a_server_that_says_nothing_is_an_error_and_not_a_hang(tmp_path):
 
 
 def test_a_read_that_never_ends_is_an_error_and_not_a_hang(prepared, monkeypatch):  # noqa: F811
-    monkeypatch.setattr("pipelines.stream._GRACE", 0.5)
+    monkeypatch.setattr("ssa_pipelines.stream.train_stream._GRACE", 0.5)
     rows = stream(prepared, access=Access(patience=0.5))
     take(rows, 5)
     never = threading.Event()
@@ -147,7 +148,7 @@ def test_a_read_that_never_ends_is_an_error_and_not_a_hang(prepared, monkeypatch
 def test_an_evaluation_whose_read_never_ends_is_an_error_and_not_a_hang(prepared, monkeypatch):  # noqa: F811
     layout = {"micro_batch_rows": 1, "data_parallel_rank": 0, "data_parallel_size": 1}
     rows = evaluation_rows(prepared, rows=3, access=Access(patience=0.5), **layout)
-    monkeypatch.setattr("pipelines.stream._GRACE", 0.5)
+    monkeypatch.setattr("ssa_pipelines.stream.train_stream._GRACE", 0.5)
     never, read = threading.Event(), RowReader._read
 
     def hang(reader, shard, index):

@@ -8,7 +8,7 @@ import time
 import psutil
 import pytest
 
-from ssa_megatron.train.beats import read
+from ssa_megatron.train.heartbeat_file import read
 from ssa_megatron.train.metrics import read_metrics
 from ssa_megatron.train.restarts import read_starts
 from tests.faults.signals import ranks_of, wait_for
@@ -80,7 +80,7 @@ def test_a_rank_that_waits_for_data_for_ever_is_named_and_all_stacks_are_left(tm
 def test_after_a_hang_the_launcher_starts_again_from_the_last_checkpoint_and_the_run_ends_well(tmp_path, dataset):  # noqa: F811
     recipe = recipe_file(tmp_path, dataset, train__steps=400, checkpoint__interval=2, watchdog__silence=7.0)
     run = tmp_path / "run"
-    launcher = ["cluster.launch", "--nproc-per-node", "2", "train", str(recipe), "--run-folder", str(run)]
+    launcher = ["ssa_cluster.launch", "--nproc-per-node", "2", "train", str(recipe), "--run-folder", str(run)]
     job = start(1, *launcher)
     try:
         metrics = run / "metrics.jsonl"

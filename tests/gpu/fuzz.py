@@ -101,11 +101,11 @@ def worker(rank: int, a: argparse.Namespace, deadline: float, taken, current, qu
 
 def spawn(a: argparse.Namespace) -> tuple[Tally, list[str]]:
     """All workers' tallies, and what became of workers that died."""
-    context = multiprocessing.get_context("spawn")
-    deadline, taken = time.time() + a.seconds, context.Value("q", 0)
-    current, queue = context.Array("q", 2 * a.workers), context.Queue()
+    parallel = multiprocessing.get_context("spawn")
+    deadline, taken = time.time() + a.seconds, parallel.Value("q", 0)
+    current, queue = parallel.Array("q", 2 * a.workers), parallel.Queue()
     processes = [
-        context.Process(target=worker, args=(rank, a, deadline, taken, current, queue), daemon=True)
+        parallel.Process(target=worker, args=(rank, a, deadline, taken, current, queue), daemon=True)
         for rank in range(a.workers)
     ]
     for process in processes:

@@ -2,7 +2,7 @@
 
 A case follows from (seed, configuration, number) alone, so that any failure can be run again by itself. Triton compiles once
 per configuration: heads, head size, blocks, flags, dtype and the divisibility of the length are fixed there; length, batch,
-documents, places and contents are the case's. It refuses nothing; the judge is `kernels.accuracy`.
+documents, places and contents are the case's. It refuses nothing; the judge is `ssa_kernels.reference.accuracy`.
 """
 
 import random
@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-import kernels
-from kernels import BlockSpec, accuracy, masked
+import ssa_kernels
+from ssa_kernels import BlockSpec
+from ssa_kernels.reference import accuracy, masked
 
 MOST = 14_000_000  # elements of one [B, Hq, Nq, N] score matrix of the reference: 112 MB in fp64
 LONGEST = 2000
@@ -205,14 +206,14 @@ def _ours(c, case, leaves, upstream, weight, options):
     """(blocks, results by stream, whether a second run gave the same bits); what no kernel writes is NaN in a poisoned case."""
     torch.use_deterministic_algorithms(case.poison, warn_only=True)
     try:
-        blocks = kernels.select_blocks(*leaves[:2], c.spec, **options)
+        blocks = ssa_kernels.select_blocks(*leaves[:2], c.spec, **options)
         sparse = {**options, "blocks": blocks}
         extra = (c.width,) if c.extra == "window" else (c.spec,)
         calls = {
-            "full": lambda: kernels.full_attention(*leaves[:3], **options),
-            "sparse": lambda: kernels.sparse_attention(*leaves[:3], c.spec, **sparse),
-            c.extra: lambda: getattr(kernels, f"{c.extra}_attention")(*leaves[:3], *extra, **options),
-            "ssa": lambda: kernels.ssa_attention(*leaves, c.spec, trunk=c.trunk, **options),
+            "full": lambda: ssa_kernels.full_attention(*leaves[:3], **options),
+            "sparse": lambda: ssa_kernels.sparse_attention(*leaves[:3], c.spec, **sparse),
+            c.extra: lambda: getattr(ssa_kernels, f"{c.extra}_attention")(*leaves[:3], *extra, **options),
+            "ssa": lambda: ssa_kernels.ssa_attention(*leaves, c.spec, trunk=c.trunk, **options),
         }
         got = {name: masked.results(call, leaves, upstream, weight) for name, call in calls.items()}
         same = torch.ones((), dtype=torch.bool, device=blocks.device)

@@ -5,18 +5,18 @@ import json
 import pytest
 import torch
 
-from ssa_megatron.evaluation.command import evaluate
-from ssa_megatron.evaluation.settings import Settings
+from ssa_megatron.evaluation.evaluate_command import evaluate
+from ssa_megatron.evaluation.measure_settings import Settings
 from ssa_megatron.hf.export import export
-from tests.hf.conftest import corpus, oracle_config, tiny_recipe, write_run
 from tests.oracle import model as oracle
+from tests.ssa_megatron.hf.conftest import corpus, oracle_config, tiny_recipe, write_run
 
 pytestmark = pytest.mark.gpu
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    from pipelines.tokenizer import train_tokenizer
+    from ssa_pipelines.tokenizer.sentencepiece_tokenizer import train_tokenizer
 
     home = tmp_path_factory.mktemp("evaluation")
     tokenizer = train_tokenizer(iter([corpus()]), home / "t.model", vocab_size=697)

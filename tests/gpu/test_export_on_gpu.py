@@ -7,8 +7,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from ssa_megatron.hf.export import export
-from tests.hf.conftest import corpus, oracle_config, tiny_recipe, write_run
 from tests.oracle import model as oracle
+from tests.ssa_megatron.hf.conftest import corpus, oracle_config, tiny_recipe, write_run
 
 pytestmark = pytest.mark.gpu
 # kinds, query heads, key/value heads: groups of 4, of 1 and all in one
@@ -17,7 +17,7 @@ SHAPES = [("ssa", 8, 2), ("moba", 4, 4), ("nsa", 8, 1)]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    from pipelines.tokenizer import train_tokenizer
+    from ssa_pipelines.tokenizer.sentencepiece_tokenizer import train_tokenizer
 
     home, made = tmp_path_factory.mktemp("export"), {}
     tokenizer = train_tokenizer(iter([corpus()]), home / "t.model", vocab_size=697)

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from ssa_megatron.hf.configuration_ssa import SSAConfig
+from ssa_megatron.hf.bundle.configuration_ssa import SSAConfig
+from ssa_megatron.hf.bundle.modeling_ssa import SSAForCausalLM
 from ssa_megatron.hf.decode import Decoder
-from ssa_megatron.hf.modeling_ssa import SSAForCausalLM
 
 pytestmark = pytest.mark.gpu
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 3e-2}

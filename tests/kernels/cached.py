@@ -5,8 +5,8 @@ Storage starts as NaN, so that reading beyond a sequence's length shows. It refu
 
 import torch
 
-import kernels
-from kernels import KVCache, PagedKVCache
+import ssa_kernels
+from ssa_kernels import KVCache, PagedKVCache
 
 from .support import generator
 
@@ -64,5 +64,5 @@ def step(cache, data, tokens, backend="auto"):
 def whole(data, spec, mode, backend="torch"):
     """Attention over each whole sequence, [1, length, Hq, D] each."""
     if mode == "full":
-        return [kernels.full_attention(*x, backend=backend) for x in data]
-    return [kernels.sparse_attention(*x, spec, backend=backend) for x in data]
+        return [ssa_kernels.full_attention(*x, backend=backend) for x in data]
+    return [ssa_kernels.sparse_attention(*x, spec, backend=backend) for x in data]

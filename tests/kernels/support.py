@@ -6,8 +6,9 @@ It refuses to compare gradients that do not exist.
 
 import torch
 
-import kernels
-from kernels import BlockSpec, oracle
+import ssa_kernels
+from ssa_kernels import BlockSpec
+from ssa_kernels.reference import oracle
 
 
 def generator(seed: int) -> torch.Generator:
@@ -67,7 +68,7 @@ def assert_same_selection(blocks, q, k, spec, doc_starts=None, query_index=None)
     """Selections are those of fp64, except that blocks whose scores tie within 1e-5 may stand in for each other."""
     q, k = q.detach().double(), k.detach().double()
     options = {"doc_starts": doc_starts, "query_index": query_index}
-    expected = kernels.select_blocks(q, k, spec, **options, backend="torch")
+    expected = ssa_kernels.select_blocks(q, k, spec, **options, backend="torch")
     assert torch.equal(blocks[..., 0], expected[..., 0])
     assert torch.equal((blocks >= 0).sum(-1), (expected >= 0).sum(-1))
     huge = torch.where(blocks < 0, 1 << 30, blocks)[..., 1:]

@@ -6,8 +6,9 @@ Small CPU inputs in fp64; a judge that passes everything would make every GPU te
 import pytest
 import torch
 
-import kernels
-from kernels import BlockSpec, accuracy, masked, oracle
+import ssa_kernels
+from ssa_kernels import BlockSpec
+from ssa_kernels.reference import accuracy, masked, oracle
 
 from .support import documents, inputs, outputs_and_gradients, places
 
@@ -61,7 +62,7 @@ def test_the_truth_is_the_oracles(case, most, monkeypatch):
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_the_oracles_selection_passes(case):
     leaves, _, spec, masks, options = build(case)
-    blocks = kernels.select_blocks(*leaves[:2], spec, **options)
+    blocks = ssa_kernels.select_blocks(*leaves[:2], spec, **options)
     judged = accuracy.selection(blocks, *leaves[:2], masks, 8**-0.5)
     assert int(judged.malformed) == 0
     assert float(judged.gap) <= 1.0
@@ -72,7 +73,7 @@ def test_the_authors_selection_passes_and_the_exact_one_does_not_pass_for_it():
     docs = documents(1, 700, 500)
     for doc in (None, docs):
         ours, exact = (
-            kernels.select_blocks(q, k, BlockSpec(topk=kind), doc_starts=doc) for kind in ("authors", "exact")
+            ssa_kernels.select_blocks(q, k, BlockSpec(topk=kind), doc_starts=doc) for kind in ("authors", "exact")
         )
         masks = masked.Masks(q, k, BlockSpec(topk="authors"), doc, None)
         judged = accuracy.selection(ours, q, k, masks, 8**-0.5)
@@ -82,7 +83,7 @@ def test_the_authors_selection_passes_and_the_exact_one_does_not_pass_for_it():
 
 def test_a_wrong_selection_fails():
     leaves, _, spec, masks, _ = build(CASES[1])
-    blocks = kernels.select_blocks(*leaves[:2], spec)
+    blocks = ssa_kernels.select_blocks(*leaves[:2], spec)
     row = 62  # own block 7, two of the seven before it
     chosen = set(blocks[0, row, 0, 1:].tolist())
     other = sorted({*range(7)} - chosen)

@@ -6,8 +6,8 @@ One row per mistake.
 import pytest
 import torch
 
-import kernels
-from kernels import BlockSpec, KernelArgumentError
+import ssa_kernels
+from ssa_kernels import BlockSpec, KernelArgumentError
 
 
 def call(**change):
@@ -21,7 +21,7 @@ def call(**change):
     }
     arguments |= change
     tensors = [arguments.pop(name) for name in ("q", "k", "v", "gate", "spec")]
-    return kernels.ssa_attention(*tensors, **arguments)
+    return ssa_kernels.ssa_attention(*tensors, **arguments)
 
 
 DOCS = torch.zeros(2, 20, dtype=torch.int32)
@@ -79,11 +79,11 @@ def test_wrong_blocks_and_window_are_named():
     q, k = torch.randn(1, 20, 4, 8), torch.randn(1, 20, 2, 8)
     for blocks in (torch.zeros(1, 20, 4, 2, dtype=torch.int32), torch.zeros(1, 20, 2, 2)):
         with pytest.raises(KernelArgumentError, match=r"^blocks"):
-            kernels.sparse_attention(q, k, k, BlockSpec(4, 2), blocks=blocks)
+            ssa_kernels.sparse_attention(q, k, k, BlockSpec(4, 2), blocks=blocks)
     with pytest.raises(KernelArgumentError, match=r"^window"):
-        kernels.window_attention(q, k, k, 0)
+        ssa_kernels.window_attention(q, k, k, 0)
     with pytest.raises(KernelArgumentError, match=r"^window: got True"):
-        kernels.window_attention(q, k, k, True)
+        ssa_kernels.window_attention(q, k, k, True)
 
 
 @pytest.mark.parametrize(
@@ -100,11 +100,11 @@ def test_blocks_that_select_blocks_never_gives_are_named(wrong, text):
     blocks = torch.zeros(1, 20, 2, 2, dtype=torch.int32)
     blocks[..., 0] = torch.arange(20)[:, None] // 4
     blocks[..., 1] = torch.where(blocks[..., 0] > 0, 0, -1)
-    kernels.sparse_attention(q, k, k, BlockSpec(4, 2), blocks=blocks)
+    ssa_kernels.sparse_attention(q, k, k, BlockSpec(4, 2), blocks=blocks)
     blocks[0, 19, 1, 1] = wrong
     for call in (
-        lambda: kernels.sparse_attention(q, k, k, BlockSpec(4, 2), blocks=blocks),
-        lambda: kernels.ssa_attention(q, k, k, q[..., 0], BlockSpec(4, 2), trunk="full", blocks=blocks),
+        lambda: ssa_kernels.sparse_attention(q, k, k, BlockSpec(4, 2), blocks=blocks),
+        lambda: ssa_kernels.ssa_attention(q, k, k, q[..., 0], BlockSpec(4, 2), trunk="full", blocks=blocks),
     ):
         with pytest.raises(KernelArgumentError, match=text):
             call()
@@ -113,10 +113,10 @@ def test_blocks_that_select_blocks_never_gives_are_named(wrong, text):
 def test_a_budget_beyond_the_row_costs_no_more_than_the_row():
     q, k = torch.randn(1, 20, 4, 8), torch.randn(1, 20, 2, 8)
     gate, beyond = torch.rand(1, 20, 4), BlockSpec(4, 10**12)  # lists of that length would fit nowhere
-    full = kernels.full_attention(q, k, k)
-    torch.testing.assert_close(kernels.sparse_attention(q, k, k, beyond), full)
-    assert float(kernels.ssa_attention(q, k, k, gate, beyond, trunk="full")[1]) == 0.0
-    torch.testing.assert_close(kernels.attention_statistics(q, k, beyond).sparsity, torch.ones(4))
+    full = ssa_kernels.full_attention(q, k, k)
+    torch.testing.assert_close(ssa_kernels.sparse_attention(q, k, k, beyond), full)
+    assert float(ssa_kernels.ssa_attention(q, k, k, gate, beyond, trunk="full")[1]) == 0.0
+    torch.testing.assert_close(ssa_kernels.attention_statistics(q, k, beyond).sparsity, torch.ones(4))
 
 
 def test_triton_on_a_cpu_is_refused():
@@ -126,7 +126,7 @@ def test_triton_on_a_cpu_is_refused():
 
 def test_what_the_triton_kernels_cannot_number_is_refused():
     """Shapes alone are looked at, so tensors without storage will do."""
-    refuse = pytest.importorskip("kernels.triton_backend").refuse
+    refuse = pytest.importorskip("ssa_kernels.triton.backend").refuse
     q, k = (torch.empty(2, 1 << 17, heads, 64, dtype=torch.half, device="meta") for heads in (32, 2))
     refuse(q, k, 4095)
     with pytest.raises(KernelArgumentError, match=r"^spec\.block_count: got 4096, a selection of 2147483648 blocks"):
@@ -139,5 +139,5 @@ def test_what_the_triton_kernels_cannot_number_is_refused():
 def test_a_transposed_view_is_not_a_mistake():
     q = torch.randn(2, 4, 20, 8).transpose(1, 2)
     k = torch.randn(2, 2, 20, 8).transpose(1, 2)
-    out = kernels.full_attention(q, k, k)
-    torch.testing.assert_close(out, kernels.full_attention(q.contiguous(), k.contiguous(), k.contiguous()))
+    out = ssa_kernels.full_attention(q, k, k)
+    torch.testing.assert_close(out, ssa_kernels.full_attention(q.contiguous(), k.contiguous(), k.contiguous()))

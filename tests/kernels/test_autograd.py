@@ -8,17 +8,18 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import kernels
-from kernels import autograd, layout, triton_backend
+import ssa_kernels
+from ssa_kernels import autograd, layout
+from ssa_kernels.triton import backend as triton_backend
 
 from .support import SPEC, inputs
 
 STREAMS = {
-    "full": lambda x, **options: kernels.full_attention(*x[:3], **options),
-    "sparse": lambda x, **options: kernels.sparse_attention(*x[:3], SPEC, **options),
-    "window": lambda x, **options: kernels.window_attention(*x[:3], 20, **options),
-    "compressed": lambda x, **options: kernels.compressed_attention(*x[:3], SPEC, **options),
-    "ssa": lambda x, **options: sum(y.sum() for y in kernels.ssa_attention(*x, SPEC, trunk="full", **options)),
+    "full": lambda x, **options: ssa_kernels.full_attention(*x[:3], **options),
+    "sparse": lambda x, **options: ssa_kernels.sparse_attention(*x[:3], SPEC, **options),
+    "window": lambda x, **options: ssa_kernels.window_attention(*x[:3], 20, **options),
+    "compressed": lambda x, **options: ssa_kernels.compressed_attention(*x[:3], SPEC, **options),
+    "ssa": lambda x, **options: sum(y.sum() for y in ssa_kernels.ssa_attention(*x, SPEC, trunk="full", **options)),
 }
 EACH = pytest.mark.parametrize("stream", STREAMS)
 
@@ -36,7 +37,7 @@ def test_autocast_rounds_nothing(stream):
     found = []
     for context in (nullcontext(), torch.autocast("cpu", torch.bfloat16)):
         with context:
-            blocks = kernels.select_blocks(*leaves[:2], SPEC)
+            blocks = ssa_kernels.select_blocks(*leaves[:2], SPEC)
             out = STREAMS[stream](leaves)
             found.append([blocks, out, *torch.autograd.grad(out.sum(), leaves[:3])])
     for a, b in zip(*found, strict=True):
@@ -45,14 +46,14 @@ def test_autocast_rounds_nothing(stream):
 
 def test_autocast_rounds_no_statistics_and_no_cached_attention():
     (q, k, v, _), _ = inputs(2, 100, 4, 2, 16, grad=False)
-    cache = kernels.KVCache(2, 100, 2, 16, dtype=torch.float32)
+    cache = ssa_kernels.KVCache(2, 100, 2, 16, dtype=torch.float32)
     cache.append(k, v)
     found = []
     for context in (nullcontext(), torch.autocast("cpu", torch.bfloat16)):
         with context:
-            found.append([*kernels.attention_statistics(q, k, SPEC)])
-            found[-1] += [kernels.cached_attention(q[:, -n:], cache, SPEC) for n in (1, 20)]
-            found[-1].append(kernels.cached_blocks(q[:, -1:], cache, SPEC))
+            found.append([*ssa_kernels.attention_statistics(q, k, SPEC)])
+            found[-1] += [ssa_kernels.cached_attention(q[:, -n:], cache, SPEC) for n in (1, 20)]
+            found[-1].append(ssa_kernels.cached_blocks(q[:, -1:], cache, SPEC))
     for a, b in zip(*found, strict=True):
         assert torch.equal(a, b)
 
@@ -101,7 +102,7 @@ def test_documents_that_change_before_the_backward_pass_are_refused(stream):
 def test_blocks_that_change_before_the_backward_pass_are_refused():
     leaves, _ = inputs(2, 100, 4, 2, 16)
     for stream in ("sparse", "ssa"):
-        blocks = kernels.select_blocks(*leaves[:2], SPEC)
+        blocks = ssa_kernels.select_blocks(*leaves[:2], SPEC)
         out = STREAMS[stream](leaves, blocks=blocks)
         blocks.fill_(-1)
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):

@@ -7,7 +7,9 @@ from xml.etree import ElementTree
 
 import pytest
 
-from kernels import bench_picture, bench_tables, bench_targets
+from benchmarks import picture as bench_picture
+from benchmarks import tables as bench_tables
+from benchmarks import targets as bench_targets
 
 HERE = Path(bench_targets.__file__).parent
 WORDS = {"date", "device", "torch", "triton", "commit", "shape", "selection", "what", "note"}
@@ -15,21 +17,21 @@ WORDS = {"date", "device", "torch", "triton", "commit", "shape", "selection", "w
 
 @pytest.fixture(scope="module")
 def rows() -> list[dict]:
-    with (HERE / "bench-h100.csv").open(newline="") as file:
+    with (HERE / "results" / "attention-h100.csv").open(newline="") as file:
         found = list(csv.DictReader(file))
     return [{k: v if k in WORDS else float(v) for k, v in row.items() if v or k == "note"} for row in found]
 
 
 def test_the_readmes_tables_are_those_of_the_rows(rows):
-    text = (HERE / "README.md").read_text()
+    text = (HERE.parent / "README.md").read_text()
     assert bench_tables.times(rows, "random") in text
     assert bench_targets.table(rows) in text
     assert {row["commit"] for row in rows} == set(re.findall(r"## Measured\n.*?commit (\w+)", text, re.S))
 
 
 def test_the_picture_is_that_of_its_rows():
-    drawn = bench_picture.draw(*bench_picture.read(HERE / "bench-h100-picture.csv"))
-    assert drawn == (HERE / "bench-h100.svg").read_text()
+    drawn = bench_picture.draw(*bench_picture.read(HERE / "results" / "attention-h100-picture.csv"))
+    assert drawn == (HERE / "results" / "attention-h100.svg").read_text()
     tree = ElementTree.fromstring(drawn)
     points = [x.text for x in tree.iter() if x.tag.endswith("title")]
     assert "SSA, trunk full, 128k tokens: 607.1" in points

@@ -16,8 +16,13 @@ if not INSIDE:
 else:
     import torch
 
-    import kernels
-    from kernels import BlockSpec, oracle, triton_backend, triton_config, triton_dual, triton_dual_backward
+    import ssa_kernels
+    from ssa_kernels import BlockSpec
+    from ssa_kernels.reference import oracle
+    from ssa_kernels.triton import backend as triton_backend
+    from ssa_kernels.triton import dual as triton_dual
+    from ssa_kernels.triton import dual_backward as triton_dual_backward
+    from ssa_kernels.triton import tiles as triton_config
 
     from .support import assert_close, documents, inputs, outputs_and_gradients
 
@@ -41,7 +46,7 @@ else:
         monkeypatch.setattr(triton_backend, "dual", lambda *_: True)
         ours, theirs = (
             outputs_and_gradients(
-                kernels.ssa_attention(*leaves, spec, trunk=trunk, doc_starts=docs, backend=b), upstream, leaves
+                ssa_kernels.ssa_attention(*leaves, spec, trunk=trunk, doc_starts=docs, backend=b), upstream, leaves
             )
             for b in ("triton", "torch")
         )
@@ -56,13 +61,13 @@ else:
 
     def test_a_token_that_selected_nothing_gives_zeros(monkeypatch):
         leaves, upstream = inputs(1, 18, 2, 1, 16)
-        blocks = kernels.select_blocks(*leaves[:2], BlockSpec(16, 2), backend="torch")
+        blocks = ssa_kernels.select_blocks(*leaves[:2], BlockSpec(16, 2), backend="torch")
         blocks[:, 5] = -1
         monkeypatch.setattr(triton_backend, "dual", lambda *_: True)
         known = {"trunk": "sparse", "blocks": blocks}
         ours, theirs = (
             outputs_and_gradients(
-                kernels.ssa_attention(*leaves, BlockSpec(16, 2), **known, backend=b), upstream, leaves
+                ssa_kernels.ssa_attention(*leaves, BlockSpec(16, 2), **known, backend=b), upstream, leaves
             )
             for b in ("triton", "torch")
         )
@@ -73,7 +78,7 @@ else:
     @pytest.mark.parametrize("gap", [0, 40, 90, 120])
     def test_an_unselected_key_far_above_every_selected_one(gap, dtype):
         (q, k, v, _), upstream = inputs(1, 70, 2, 1, 16, grad=False)
-        blocks = kernels.select_blocks(q, k, BlockSpec(16, 3), backend="torch")
+        blocks = ssa_kernels.select_blocks(q, k, BlockSpec(16, 3), backend="torch")
         blocks[..., 1:] = blocks[..., 1:].masked_fill(blocks[..., 1:] == 0, -1)
         q[..., 0], k[:, 5], k[:, 5, :, 0] = 4.0, 0.0, gap * 16**0.5 / 4  # key 5 scores `gap` nats, in no selection
         q, k, v, up_full = (x.to(dtype) for x in (q, k, v, upstream))

@@ -7,8 +7,9 @@ finite result has read nothing beyond a length.
 import pytest
 import torch
 
-import kernels
-from kernels import BlockSpec, KernelArgumentError, KVCache, PagedKVCache, cached_attention, cached_blocks, oracle
+import ssa_kernels
+from ssa_kernels import BlockSpec, KernelArgumentError, KVCache, PagedKVCache, cached_attention, cached_blocks
+from ssa_kernels.reference import oracle
 
 from .cached import fill, last, make_cache, sequences, step, whole
 
@@ -96,7 +97,7 @@ def test_the_authors_selection_decodes():
     fill(cache, data, [519])
     q = step(cache, data, 4)
     index = torch.arange(519, 523, dtype=torch.int32)
-    assert torch.equal(cached_blocks(q, cache, spec), kernels.select_blocks(q, data[0][1], spec, query_index=index))
+    assert torch.equal(cached_blocks(q, cache, spec), ssa_kernels.select_blocks(q, data[0][1], spec, query_index=index))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

@@ -15,7 +15,8 @@ if not INSIDE:
 else:
     import torch
 
-    from kernels import BlockSpec, cached_attention, cached_blocks, triton_decode
+    from ssa_kernels import BlockSpec, cached_attention, cached_blocks
+    from ssa_kernels.triton import decode as triton_decode
 
     from .cached import fill, make_cache, sequences, step
     from .support import assert_close

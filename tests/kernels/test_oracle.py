@@ -7,7 +7,8 @@ It refuses to trust a gradient that finite differences do not confirm.
 import pytest
 import torch
 
-from kernels import BlockSpec, oracle
+from ssa_kernels import BlockSpec
+from ssa_kernels.reference import oracle
 
 from .support import documents, inputs, places
 

@@ -8,8 +8,9 @@ Bigger grids run on a GPU (tests/gpu/kernels).
 import pytest
 import torch
 
-import kernels
-from kernels import BlockSpec, oracle
+import ssa_kernels
+from ssa_kernels import BlockSpec
+from ssa_kernels.reference import oracle
 
 from .support import SPEC, assert_close, documents, inputs, outputs_and_gradients, places
 
@@ -43,31 +44,31 @@ def build(case, dtype=torch.float32):
 def test_every_stream_matches_the_oracle(case):
     leaves, upstream, spec, scale, docs, index = build(case)
     leaves64 = [x.detach().double().requires_grad_() for x in leaves]
-    blocks = kernels.select_blocks(*leaves[:2], spec, doc_starts=docs, query_index=index)
+    blocks = ssa_kernels.select_blocks(*leaves[:2], spec, doc_starts=docs, query_index=index)
     assert torch.equal(blocks, oracle.select_blocks(*(x.detach() for x in leaves64[:2]), spec, scale, docs, index))
     ours = {"doc_starts": docs, "query_index": index}
     theirs = {"scale": scale, **ours}
     pairs = {
-        "full": (kernels.full_attention, oracle.full_attention, ()),
-        "sparse": (kernels.sparse_attention, oracle.sparse_attention, (spec,)),
-        "window": (kernels.window_attention, oracle.window_attention, (20,)),
-        "compressed": (kernels.compressed_attention, oracle.compressed_attention, (spec,)),
+        "full": (ssa_kernels.full_attention, oracle.full_attention, ()),
+        "sparse": (ssa_kernels.sparse_attention, oracle.sparse_attention, (spec,)),
+        "window": (ssa_kernels.window_attention, oracle.window_attention, (20,)),
+        "compressed": (ssa_kernels.compressed_attention, oracle.compressed_attention, (spec,)),
     }
     for name, (backend, truth, extra) in pairs.items():
         got = outputs_and_gradients(backend(*leaves[:3], *extra, **ours), upstream, leaves[:3])
         expected = outputs_and_gradients(truth(*leaves64[:3], *extra, **theirs), upstream, leaves64[:3])
         assert_close(got, expected, 1e-5, name)
     for trunk in ("full", "sparse"):
-        got = outputs_and_gradients(kernels.ssa_attention(*leaves, spec, trunk=trunk, **ours), upstream, leaves)
+        got = outputs_and_gradients(ssa_kernels.ssa_attention(*leaves, spec, trunk=trunk, **ours), upstream, leaves)
         truth = oracle.ssa_attention(*leaves64, spec, trunk=trunk, blocks=blocks, **theirs)
         assert_close(got, outputs_and_gradients(truth, upstream, leaves64), 1e-5, trunk)
-    statistics = kernels.attention_statistics(*leaves[:2], spec, **ours)
+    statistics = ssa_kernels.attention_statistics(*leaves[:2], spec, **ours)
     assert_close(statistics, oracle.attention_statistics(*leaves64[:2], spec, **theirs), 1e-5, "statistics")
 
 
 def test_fp64_inputs_are_computed_in_fp64():
     leaves, upstream, spec, scale, docs, index = build(CASES[9], torch.float64)
-    got = kernels.ssa_attention(*leaves, spec, trunk="sparse", doc_starts=docs, query_index=index)
+    got = ssa_kernels.ssa_attention(*leaves, spec, trunk="sparse", doc_starts=docs, query_index=index)
     expected = oracle.ssa_attention(*leaves, spec, trunk="sparse", scale=scale, doc_starts=docs, query_index=index)
     pair = (outputs_and_gradients(x, upstream, leaves) for x in (got, expected))
     assert_close(*pair, 1e-12)
@@ -77,8 +78,10 @@ def test_fp64_inputs_are_computed_in_fp64():
 def test_half_precision_rounds_only_inputs_and_outputs(dtype):
     leaves, upstream, spec, scale, docs, _ = build((129, 4, 2, 16, 16, 3, 60, 0), dtype)
     leaves64 = [x.detach().double().requires_grad_() for x in leaves]
-    blocks = kernels.select_blocks(*leaves[:2], spec, doc_starts=docs)
-    got = outputs_and_gradients(kernels.ssa_attention(*leaves, spec, trunk="full", doc_starts=docs), upstream, leaves)
+    blocks = ssa_kernels.select_blocks(*leaves[:2], spec, doc_starts=docs)
+    got = outputs_and_gradients(
+        ssa_kernels.ssa_attention(*leaves, spec, trunk="full", doc_starts=docs), upstream, leaves
+    )
     truth = oracle.ssa_attention(*leaves64, spec, trunk="full", scale=scale, doc_starts=docs, blocks=blocks)
     assert_close(got, outputs_and_gradients(truth, upstream, leaves64), 5e-3)
 
@@ -93,8 +96,8 @@ def test_scores_far_outside_the_selected_blocks_do_not_underflow_the_sparse_stre
         leaves[1][:, [0, 1, 2, 3, 4, 6, 7], :, 0] = -gap / 6  # hides block 0 from routing, which sees the mean
     leaves64 = [x.detach().double().requires_grad_() for x in leaves]
     spec = BlockSpec(16, 2)
-    blocks = kernels.select_blocks(*leaves[:2], spec)
-    got = outputs_and_gradients(kernels.ssa_attention(*leaves, spec, trunk="sparse"), upstream, leaves)
+    blocks = ssa_kernels.select_blocks(*leaves[:2], spec)
+    got = outputs_and_gradients(ssa_kernels.ssa_attention(*leaves, spec, trunk="sparse"), upstream, leaves)
     truth = oracle.ssa_attention(*leaves64, spec, trunk="sparse", scale=0.25, blocks=blocks)
     assert_close(got, outputs_and_gradients(truth, upstream, leaves64), 1e-4)  # fp32 logits near 100 carry 1e-5
 
@@ -102,12 +105,12 @@ def test_scores_far_outside_the_selected_blocks_do_not_underflow_the_sparse_stre
 def test_budget_of_the_whole_sequence_makes_sparse_equal_full():
     leaves, upstream = inputs(2, 100, 4, 2, 16)
     spec = BlockSpec(16, 7)
-    full, loss = kernels.ssa_attention(*leaves, spec, trunk="full")
-    sparse, _ = kernels.ssa_attention(*leaves, spec, trunk="sparse")
+    full, loss = ssa_kernels.ssa_attention(*leaves, spec, trunk="full")
+    sparse, _ = ssa_kernels.ssa_attention(*leaves, spec, trunk="sparse")
     assert float(loss) == 0.0
     assert_close([sparse], [full], 1e-6)
     pair = (
-        outputs_and_gradients(kernels.ssa_attention(*leaves, spec, trunk=t), upstream, leaves)[2:]
+        outputs_and_gradients(ssa_kernels.ssa_attention(*leaves, spec, trunk=t), upstream, leaves)[2:]
         for t in ("full", "sparse")
     )
     assert_close(*pair, 1e-6)
@@ -117,7 +120,7 @@ def test_zero_trunk_gradient_sends_opposite_gradients_to_the_streams():
     """v enters both streams linearly, and a softmax row sums to one: opposite dO cancel in the sum of dv over all
     keys."""
     leaves, _ = inputs(1, 129, 4, 1, 16, dtype=torch.float64)
-    _, loss = kernels.ssa_attention(*leaves, SPEC, trunk="full")
+    _, loss = ssa_kernels.ssa_attention(*leaves, SPEC, trunk="full")
     dq, _, dv, dgate = torch.autograd.grad(loss, leaves)
     assert dq.norm() > 0
     assert dgate.norm() > 0
@@ -126,18 +129,18 @@ def test_zero_trunk_gradient_sends_opposite_gradients_to_the_streams():
 
 def test_the_alignment_loss_does_not_depend_on_the_trunk():
     leaves, _ = inputs(1, 129, 4, 1, 16)
-    losses = [kernels.ssa_attention(*leaves, SPEC, trunk=t)[1] for t in ("full", "sparse")]
+    losses = [ssa_kernels.ssa_attention(*leaves, SPEC, trunk=t)[1] for t in ("full", "sparse")]
     assert torch.equal(*losses)
     assert losses[0].dtype == torch.float32
 
 
 def all_results(leaves, upstream, docs=None):
-    results = [kernels.select_blocks(*leaves[:2], SPEC, doc_starts=docs)]
+    results = [ssa_kernels.select_blocks(*leaves[:2], SPEC, doc_starts=docs)]
     for trunk in ("full", "sparse"):
-        result = kernels.ssa_attention(*leaves, SPEC, trunk=trunk, doc_starts=docs)
+        result = ssa_kernels.ssa_attention(*leaves, SPEC, trunk=trunk, doc_starts=docs)
         results += [result[0], *torch.autograd.grad((result[0] * upstream).sum(), leaves)]
-    results.append(kernels.compressed_attention(*leaves[:3], SPEC, doc_starts=docs))
-    results.append(kernels.window_attention(*leaves[:3], 20, doc_starts=docs))
+    results.append(ssa_kernels.compressed_attention(*leaves[:3], SPEC, doc_starts=docs))
+    results.append(ssa_kernels.window_attention(*leaves[:3], 20, doc_starts=docs))
     return results
 
 
@@ -189,11 +192,11 @@ def test_padding_tokens_that_are_documents_of_one_attend_to_themselves():
     (q, k, v, gate), _ = inputs(1, 20, 2, 2, 16)
     docs = torch.arange(20, dtype=torch.int32)[None]
     for result in (
-        kernels.full_attention(q, k, v, doc_starts=docs),
-        kernels.window_attention(q, k, v, 4, doc_starts=docs),
+        ssa_kernels.full_attention(q, k, v, doc_starts=docs),
+        ssa_kernels.window_attention(q, k, v, 4, doc_starts=docs),
     ):
         torch.testing.assert_close(result, v)
-    assert float(kernels.ssa_attention(q, k, v, gate, SPEC, trunk="full", doc_starts=docs)[1]) == 0.0
+    assert float(ssa_kernels.ssa_attention(q, k, v, gate, SPEC, trunk="full", doc_starts=docs)[1]) == 0.0
 
 
 def test_authors_selection_matches_the_oracle():
@@ -203,7 +206,7 @@ def test_authors_selection_matches_the_oracle():
     index = torch.arange(3, 800, 7, dtype=torch.int32)
     for doc in (None, docs):
         arguments = {"doc_starts": doc, "query_index": index}
-        got = kernels.select_blocks(q[:, index], k, BlockSpec(topk="authors"), **arguments)
+        got = ssa_kernels.select_blocks(q[:, index], k, BlockSpec(topk="authors"), **arguments)
         expected = oracle.select_blocks(
             q[:, index].double(), k.double(), BlockSpec(topk="authors"), 8**-0.5, **arguments
         )
@@ -212,16 +215,16 @@ def test_authors_selection_matches_the_oracle():
 
 def test_tied_scores_choose_the_lower_blocks():
     q, k = torch.zeros(1, 100, 2, 4), torch.randn(1, 100, 1, 4)
-    assert kernels.select_blocks(q, k, BlockSpec(8, 4))[0, 99, 0].tolist() == [12, 0, 1, 2]
+    assert ssa_kernels.select_blocks(q, k, BlockSpec(8, 4))[0, 99, 0].tolist() == [12, 0, 1, 2]
 
 
 def test_given_blocks_are_used_and_an_empty_selection_gives_zero():
     (q, k, v, _), _ = inputs(1, 40, 2, 1, 16)
-    blocks = kernels.select_blocks(q, k, SPEC)
+    blocks = ssa_kernels.select_blocks(q, k, SPEC)
     torch.testing.assert_close(
-        kernels.sparse_attention(q, k, v, SPEC, blocks=blocks), kernels.sparse_attention(q, k, v, SPEC)
+        ssa_kernels.sparse_attention(q, k, v, SPEC, blocks=blocks), ssa_kernels.sparse_attention(q, k, v, SPEC)
     )
     nothing = torch.full_like(blocks, -1)
-    result = kernels.sparse_attention(q, k, v, SPEC, blocks=nothing)
+    result = ssa_kernels.sparse_attention(q, k, v, SPEC, blocks=nothing)
     assert not result.any()
     assert all(torch.isfinite(g).all() for g in torch.autograd.grad(result.sum(), (q, k, v)))

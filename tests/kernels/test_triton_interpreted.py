@@ -16,8 +16,11 @@ if not INSIDE:
 else:
     import torch
 
-    import kernels
-    from kernels import BlockSpec, accuracy, masked, triton_backend, triton_sparse
+    import ssa_kernels
+    from ssa_kernels import BlockSpec
+    from ssa_kernels.reference import accuracy, masked
+    from ssa_kernels.triton import backend as triton_backend
+    from ssa_kernels.triton import sparse as triton_sparse
 
     from .support import assert_close, assert_same_selection, documents, inputs, outputs_and_gradients, places
 
@@ -61,7 +64,7 @@ else:
     @pytest.mark.parametrize("case", CASES + SELECTIONS, ids=str)
     def test_selection(case):
         leaves, _, spec, options = build(case)
-        blocks = kernels.select_blocks(*leaves[:2], spec, **options, backend="triton")
+        blocks = ssa_kernels.select_blocks(*leaves[:2], spec, **options, backend="triton")
         assert_same_selection(blocks, *leaves[:2], spec, **options)
 
     @pytest.mark.parametrize("heads", [(1, 1), (4, 2)], ids=str)
@@ -69,7 +72,7 @@ else:
         (q, k, _, _), _ = inputs(1, 500, *heads, 16, n_q=40, grad=False)
         k[..., 1:] = 0  # a sum of one product: however a CPU's matrix product adds, equal columns stay equal
         index, k = places(500, 40), k[:, :1].expand(-1, 500, -1, -1)
-        blocks = kernels.select_blocks(q, k, BlockSpec(2, 9), query_index=index, backend="triton")
+        blocks = ssa_kernels.select_blocks(q, k, BlockSpec(2, 9), query_index=index, backend="triton")
         own = index[:, None] // 2
         lowest = torch.arange(8).expand(40, -1)
         expected = torch.cat([own, torch.where(lowest < own, lowest, -1)], 1)
@@ -79,29 +82,29 @@ else:
     def test_dense_streams(case):
         leaves, upstream, spec, options = build(case)
         known = {"upstream": upstream, "leaves": leaves[:3], **options}
-        agree(kernels.full_attention, *leaves[:3], **known)
-        agree(kernels.window_attention, *leaves[:3], 9, **known)
-        agree(kernels.compressed_attention, *leaves[:3], spec, **known)
+        agree(ssa_kernels.full_attention, *leaves[:3], **known)
+        agree(ssa_kernels.window_attention, *leaves[:3], 9, **known)
+        agree(ssa_kernels.compressed_attention, *leaves[:3], spec, **known)
 
     @pytest.mark.parametrize("window", [35, 2**31 - 1, 2**40])
     def test_a_window_beyond_the_row_is_the_whole_row(window):
         """Added to a position it would leave 32 bits, and keys that wrap around get no gradient."""
         leaves, upstream, _, options = build(CASES[1])
         known = {"upstream": upstream, "leaves": leaves[:3], **options}
-        agree(kernels.window_attention, *leaves[:3], window, **known)
+        agree(ssa_kernels.window_attention, *leaves[:3], window, **known)
 
     @pytest.mark.parametrize("case", CASES, ids=str)
     def test_both_streams_gated(case):
         leaves, upstream, spec, options = build(case)
         trunk = "full" if case[0] % 2 else "sparse"
-        agree(kernels.ssa_attention, *leaves, spec, trunk=trunk, upstream=upstream, leaves=leaves, **options)
+        agree(ssa_kernels.ssa_attention, *leaves, spec, trunk=trunk, upstream=upstream, leaves=leaves, **options)
 
     def test_documents_that_change_before_the_backward_pass_are_refused(monkeypatch):
         leaves, _, spec, options = build(CASES[2])
         streams = [
-            lambda docs: kernels.full_attention(*leaves[:3], doc_starts=docs, backend="triton"),
-            lambda docs: kernels.sparse_attention(*leaves[:3], spec, doc_starts=docs, backend="triton"),
-            lambda docs: kernels.ssa_attention(*leaves, spec, trunk="full", doc_starts=docs, backend="triton")[0],
+            lambda docs: ssa_kernels.full_attention(*leaves[:3], doc_starts=docs, backend="triton"),
+            lambda docs: ssa_kernels.sparse_attention(*leaves[:3], spec, doc_starts=docs, backend="triton"),
+            lambda docs: ssa_kernels.ssa_attention(*leaves, spec, trunk="full", doc_starts=docs, backend="triton")[0],
         ]
         for dual in (False, True):
             monkeypatch.setattr(triton_backend, "dual", lambda *_, dual=dual: dual)
@@ -117,33 +120,33 @@ else:
     def test_a_second_derivative_is_refused(dual, monkeypatch):
         monkeypatch.setattr(triton_backend, "dual", lambda *_: dual)
         leaves, _ = inputs(1, 20, 2, 1, 16)
-        out, loss = kernels.ssa_attention(*leaves, BlockSpec(16, 2), trunk="full", backend="triton")
+        out, loss = ssa_kernels.ssa_attention(*leaves, BlockSpec(16, 2), trunk="full", backend="triton")
         first = torch.autograd.grad(out.sum() + loss, leaves, create_graph=True)
         with pytest.raises(RuntimeError, match="no gradient of their own"):
             torch.autograd.grad(sum(g.sum() for g in first), leaves, allow_unused=True)
 
     def test_sparse_stream_alone():
         leaves, upstream, spec, options = build(CASES[2])
-        agree(kernels.sparse_attention, *leaves[:3], spec, upstream=upstream, leaves=leaves[:3], **options)
+        agree(ssa_kernels.sparse_attention, *leaves[:3], spec, upstream=upstream, leaves=leaves[:3], **options)
 
     def test_blocks_too_large_for_one_tile_are_walked_in_parts(monkeypatch):
         monkeypatch.setattr(triton_sparse, "TILE_BYTES", 512)
         leaves, upstream, spec, options = build((70, 2, 1, 16, 32, 2, 40, 0))
-        agree(kernels.sparse_attention, *leaves[:3], spec, upstream=upstream, leaves=leaves[:3], **options)
+        agree(ssa_kernels.sparse_attention, *leaves[:3], spec, upstream=upstream, leaves=leaves[:3], **options)
 
     def test_authors_selection():
         (q, k, _, _), _ = inputs(1, 700, 1, 1, 16, grad=False)
         index = torch.arange(300, 700, 40, dtype=torch.int32)
         ours, theirs = (
-            kernels.select_blocks(q[:, index], k, BlockSpec(topk="authors"), query_index=index, backend=b)
+            ssa_kernels.select_blocks(q[:, index], k, BlockSpec(topk="authors"), query_index=index, backend=b)
             for b in ("triton", "torch")
         )
         assert torch.equal(ours, theirs)
 
     def test_bf16_is_refused_because_the_interpreter_multiplies_it_wrongly():
         (q, k, v, _), _ = inputs(1, 20, 2, 1, 16, grad=False)
-        with pytest.raises(kernels.KernelArgumentError, match=r"q\.dtype.*bfloat16.*interpreter"):
-            kernels.full_attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), backend="triton")
+        with pytest.raises(ssa_kernels.KernelArgumentError, match=r"q\.dtype.*bfloat16.*interpreter"):
+            ssa_kernels.full_attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), backend="triton")
 
     @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
     def test_gradients_cancel_where_one_key_has_all_the_weight(dtype):
@@ -156,11 +159,11 @@ else:
             leaves[0][..., 0], leaves[1][..., 0] = 4.0, 0.0
             leaves[1][:, :16, :, 0] = -lift / 15
             leaves[1][:, 5, :, 0] = lift
-        blocks = kernels.select_blocks(*leaves[:2], spec, backend="triton")
+        blocks = ssa_kernels.select_blocks(*leaves[:2], spec, backend="triton")
         weight = 100.0 * upstream.numel() ** 0.5
 
         def call():
-            return kernels.ssa_attention(*leaves, spec, trunk="sparse", blocks=blocks, backend="triton")
+            return ssa_kernels.ssa_attention(*leaves, spec, trunk="sparse", blocks=blocks, backend="triton")
 
         got = {"ssa": masked.results(call, leaves, upstream.to(dtype), weight)}
         masks = masked.Masks(*leaves[:2], spec, None, None)

@@ -16,7 +16,7 @@ import sys
 import time
 from pathlib import Path
 
-import pipelines
+import ssa_pipelines
 from tests.pipelines.support import stream
 from tests.pipelines.worker import digests, write
 
@@ -34,7 +34,7 @@ def rank_main(job: dict, attempt: dict, rank: int, done: memoryview) -> None:
     world = attempt["dp"] * attempt["pp"] * attempt["tp"]
     node = folder / f"node-{rank * NODES // world}"
     own_node(node)
-    access = pipelines.Access(cache=node / "cache", patience=60)
+    access = ssa_pipelines.Access(cache=node / "cache", patience=60)
     rows = stream(job["url"], rank=dp, size=attempt["dp"], micro=MICRO, batch=BATCH, access=access)
     state = folder / "state.json"
     if state.exists():

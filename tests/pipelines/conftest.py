@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-import pipelines
+import ssa_pipelines
 from tests.pipelines.object_store import ObjectStore, object_store
 from tests.pipelines.support import SETTINGS
 
@@ -22,28 +22,28 @@ def documents() -> list[str]:
         "1234567890" * 9,
         "😀" * 40,
     ]
-    chapters = [chapter for number, chapter in enumerate(pipelines.demo_documents()) if number % 10 == 3]
+    chapters = [chapter for number, chapter in enumerate(ssa_pipelines.demo_documents()) if number % 10 == 3]
     return [*chapters[:40], *odd, *chapters[40:]]
 
 
 @pytest.fixture(scope="session")
-def tokenizer(documents, tmp_path_factory) -> pipelines.Tokenizer:
+def tokenizer(documents, tmp_path_factory) -> ssa_pipelines.Tokenizer:
     out = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
-    return pipelines.train_tokenizer(iter(documents), out, vocab_size=701)
+    return ssa_pipelines.train_tokenizer(iter(documents), out, vocab_size=701)
 
 
 @pytest.fixture(scope="session")
 def prepared(documents, tokenizer, tmp_path_factory) -> Path:
     """A dataset of several shards; never written to."""
     out = tmp_path_factory.mktemp("prepared") / "data"
-    pipelines.prepare(iter(documents), tokenizer, out, **SETTINGS)
+    ssa_pipelines.prepare(iter(documents), tokenizer, out, **SETTINGS)
     return out
 
 
 @pytest.fixture(scope="session")
 def compressed(documents, tokenizer, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("compressed") / "data"
-    pipelines.prepare(iter(documents), tokenizer, out, **SETTINGS, compression="zstd:3")
+    ssa_pipelines.prepare(iter(documents), tokenizer, out, **SETTINGS, compression="zstd:3")
     return out
 
 

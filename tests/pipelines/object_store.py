@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from pipelines import cache, storage
+from ssa_pipelines.storage import object_store as storage
+from ssa_pipelines.storage import shard_cache as cache
 
 BUCKET = "bucket"
 

@@ -4,20 +4,20 @@ from pathlib import Path
 
 import torch
 
-import pipelines
+import ssa_pipelines
 
 ROW_LENGTH = 77  # odd, and shorter than most documents
 SETTINGS = {
     "row_length": ROW_LENGTH,
     "validation_fraction": 0.1,
-    "shard_size": 40_000,
+    "dp_cp_size": 40_000,
     "part_bytes": 1 << 16,
     "seed": 5,
 }
 
 
-def stream(path, *, rank=0, size=1, micro=2, batch=12, seed=3, **options) -> pipelines.TrainStream:
-    return pipelines.TrainStream(
+def stream(path, *, rank=0, size=1, micro=2, batch=12, seed=3, **options) -> ssa_pipelines.TrainStream:
+    return ssa_pipelines.TrainStream(
         path,
         micro_batch_rows=micro,
         global_batch_rows=batch,
@@ -28,11 +28,11 @@ def stream(path, *, rank=0, size=1, micro=2, batch=12, seed=3, **options) -> pip
     )
 
 
-def take(rows, count: int) -> list[pipelines.Rows]:
+def take(rows, count: int) -> list[ssa_pipelines.Rows]:
     return [next(rows) for _ in range(count)]
 
 
-def equal(a: list[pipelines.Rows], b: list[pipelines.Rows]) -> bool:
+def equal(a: list[ssa_pipelines.Rows], b: list[ssa_pipelines.Rows]) -> bool:
     """Same number of micro-batches, same tokens and document starts at every place."""
     return len(a) == len(b) and all(
         torch.equal(x.tokens, y.tokens) and torch.equal(x.doc_starts, y.doc_starts) for x, y in zip(a, b, strict=True)

@@ -25,13 +25,13 @@ def attempt(*, dp=2, pp=1, tp=1, steps=STEPS, kill_after=None) -> dict:
 @pytest.fixture(scope="module")
 def job(tmp_path_factory, documents, tokenizer):
     """All runs in one start of Python; each case below looks at one of them."""
-    import pipelines
+    import ssa_pipelines
     from tests.pipelines.object_store import object_store
     from tests.pipelines.support import SETTINGS
 
     folder, draw = tmp_path_factory.mktemp("cluster"), random.Random(5)
     with object_store() as store:
-        pipelines.prepare(iter(documents), tokenizer, "s3://bucket/data", compression="zstd:3",
+        ssa_pipelines.prepare(iter(documents), tokenizer, "s3://bucket/data", compression="zstd:3",
                           scratch=folder / "scratch", **SETTINGS)  # fmt: skip
         runs = {
             "killed": [attempt(dp=4, kill_after=draw.uniform(0, 0.4)) for _ in range(KILLS)] + [attempt(dp=4)],

@@ -4,8 +4,9 @@ import json
 
 import pytest
 
-from pipelines import CorpusError, corpora
-from pipelines.corpora import PACKAGES, Package, build
+from ssa_pipelines import CorpusError
+from ssa_pipelines.corpus import package_corpus as corpora
+from ssa_pipelines.corpus.package_corpus import PACKAGES, Package, build
 
 INSTALLED = tuple(package for package in PACKAGES if package.kind == "installed")
 

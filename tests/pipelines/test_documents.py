@@ -9,10 +9,10 @@ import pytest
 from backports import zstd
 from pyarrow import parquet
 
-from pipelines import KING_JAMES, CorpusError, demo_documents, iter_documents
-from pipelines.documents import Format, records
-from pipelines.king_james import king_james_file
-from pipelines.sources import input_files, named_sources
+from ssa_pipelines import KING_JAMES, CorpusError, demo_documents, iter_documents
+from ssa_pipelines.corpus.documents import Format, records
+from ssa_pipelines.corpus.king_james import king_james_file
+from ssa_pipelines.corpus.sources import input_files, named_sources
 
 
 def write_jsonl(path, *texts, field="text"):

@@ -5,8 +5,8 @@ import json
 import pytest
 import tokenizers
 
-import pipelines
-from pipelines import Tokenizer, TokenizerError
+import ssa_pipelines
+from ssa_pipelines import Tokenizer, TokenizerError
 from tests.pipelines.support import SETTINGS, stream, take
 from tests.pipelines.test_tokenizer import ODD
 
@@ -56,15 +56,15 @@ def test_marks_come_from_the_usual_names_or_from_the_config_beside_it(path, tmp_
 
 
 def test_rows_made_with_it_decode_with_the_datasets_own_copy(tmp_path, tokenizer, documents):
-    pipelines.prepare(iter(documents), tokenizer, tmp_path / "data", **SETTINGS)
-    info = pipelines.load_dataset_info(tmp_path / "data")
+    ssa_pipelines.prepare(iter(documents), tokenizer, tmp_path / "data", **SETTINGS)
+    info = ssa_pipelines.load_dataset_info(tmp_path / "data")
     again = Tokenizer.load(info.tokenizer_path)
     assert again.fingerprint == tokenizer.fingerprint == info.tokenizer_fingerprint
     assert (again.bos_id, again.eos_id, info.bos_id, info.eos_id) == (0, 1, 0, 1)
     row = take(stream(tmp_path / "data", shuffle=False, micro=1, batch=1), 1)[0].tokens[0].tolist()
     assert row[0] == tokenizer.bos_id
     assert documents[0].startswith(again.decode(row)) or documents[1].startswith(again.decode(row))
-    pipelines.verify(tmp_path / "data")
+    ssa_pipelines.verify(tmp_path / "data")
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 import json
 
-import pipelines
+import ssa_pipelines
 from tests.pipelines.support import ROW_LENGTH, SETTINGS, stream, take
 
 
@@ -10,14 +10,14 @@ def test_the_ledger_of_any_rows_names_file_and_record_of_every_token(tmp_path, d
     for name, texts in (("a", documents[:70]), ("b", documents[70:])):
         lines = "".join(json.dumps({"text": text}) + "\n\n" for text in texts)  # every second line is blank
         (tmp_path / f"{name}.jsonl").write_text(lines)
-    pipelines.prepare(tmp_path, tokenizer, tmp_path / "data", **SETTINGS)
+    ssa_pipelines.prepare(tmp_path, tokenizer, tmp_path / "data", **SETTINGS)
     rows = stream(tmp_path / "data", micro=1, batch=1)
     texts = {
         f"{name}.jsonl": [json.loads(line)["text"] if line else None for line in text.split("\n")]
         for name in "ab"
         for text in [(tmp_path / f"{name}.jsonl").read_text()]
     }
-    entries = list(pipelines.read_ledger(rows, 0, 90))
+    entries = list(ssa_pipelines.read_ledger(rows, 0, 90))
     for entry, row in zip(entries, take(rows, 90), strict=True):
         covered = 0
         for document in entry["documents"]:
@@ -31,6 +31,6 @@ def test_the_ledger_of_any_rows_names_file_and_record_of_every_token(tmp_path, d
 
 
 def test_the_ledger_of_a_layout_is_that_of_every_other(prepared):
-    alone = list(pipelines.read_ledger(stream(prepared), 300, 24))
-    assert alone == list(pipelines.read_ledger(stream(prepared, rank=1, size=3, micro=4), 300, 24))
-    assert alone[0]["dataset"] == pipelines.load_dataset_info(prepared).fingerprint
+    alone = list(ssa_pipelines.read_ledger(stream(prepared), 300, 24))
+    assert alone == list(ssa_pipelines.read_ledger(stream(prepared, rank=1, size=3, micro=4), 300, 24))
+    assert alone[0]["dataset"] == ssa_pipelines.load_dataset_info(prepared).fingerprint

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-import pipelines
-from pipelines import DatasetError, DatasetMismatch, Phase
-from pipelines.mixture import BLOCK, Mixture, Origin
+import ssa_pipelines
+from ssa_pipelines import DatasetError, DatasetMismatch, Phase
+from ssa_pipelines.stream.mixture import BLOCK, Mixture, Origin
 from tests.pipelines.support import SETTINGS, equal, stream, take
 
 NAMES = ("code", "prose", "web")
@@ -90,8 +90,8 @@ def sources(documents, tokenizer, tmp_path_factory):
     """Three datasets of different sizes, and one made with another row length."""
     folder = tmp_path_factory.mktemp("sources")
     for name, texts in (("code", documents[:30]), ("prose", documents[30:60]), ("web", documents[60:])):
-        pipelines.prepare(iter(texts), tokenizer, folder / name, **SETTINGS)
-    pipelines.prepare(iter(documents), tokenizer, folder / "other", **{**SETTINGS, "row_length": 78})
+        ssa_pipelines.prepare(iter(texts), tokenizer, folder / name, **SETTINGS)
+    ssa_pipelines.prepare(iter(documents), tokenizer, folder / "other", **{**SETTINGS, "row_length": 78})
     return {name: folder / name for name in ("code", "prose", "web", "other")}
 
 
@@ -116,7 +116,7 @@ def test_without_weights_each_source_comes_in_proportion_to_its_rows(sources):
     rows = stream(three(sources))
     epoch = rows.places(0, rows.rows_per_epoch)
     for name in NAMES:
-        have = pipelines.load_dataset_info(sources[name]).splits["train"].rows
+        have = ssa_pipelines.load_dataset_info(sources[name]).splits["train"].rows
         assert abs(sum(place.source == name for place in epoch) - have) < 2
 
 
@@ -169,9 +169,9 @@ def test_sources_that_do_not_belong_together_are_refused(sources):
 def test_evaluation_takes_from_each_source_its_share(sources):
     def evaluate(**options):
         layout = {"micro_batch_rows": 1, "data_parallel_rank": 0, "data_parallel_size": 1}
-        return list(pipelines.evaluation_rows(three(sources), **{**layout, **options}))
+        return list(ssa_pipelines.evaluation_rows(three(sources), **{**layout, **options}))
 
-    have = {name: pipelines.load_dataset_info(sources[name]).splits["validation"].rows for name in NAMES}
+    have = {name: ssa_pipelines.load_dataset_info(sources[name]).splits["validation"].rows for name in NAMES}
     whole = evaluate(rows=sum(have.values()))
     stored = [
         rows

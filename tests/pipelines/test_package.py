@@ -1,14 +1,16 @@
 """The package stands alone, loads fast, and offers what it promises."""
 
 import ast
+import importlib
 import subprocess
 import sys
 from pathlib import Path
 
-import pipelines
+import ssa_pipelines
 from tests.launch import environment
 
-FOLDER = Path(pipelines.__file__).parent
+FOLDER = Path(ssa_pipelines.__file__).parent
+OTHERS = {"ssa_megatron", "ssa_kernels", "ssa_cluster", "tests"}
 
 
 def test_it_imports_nothing_of_the_projects_other_packages():
@@ -16,13 +18,13 @@ def test_it_imports_nothing_of_the_projects_other_packages():
         for node in ast.walk(ast.parse(path.read_text())):
             modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             modules += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-            assert not {module.split(".")[0] for module in modules} & {"ssa_megatron", "kernels", "tests"}, path
+            assert not {module.split(".")[0] for module in modules} & OTHERS, path
 
 
 def test_importing_it_and_using_a_tokenizer_does_not_import_torch_or_streaming(tokenizer):
     program = f"""
-import sys, pipelines
-pipelines.Tokenizer.load({str(tokenizer.path)!r}).encode(["text"])
+import sys, ssa_pipelines
+ssa_pipelines.Tokenizer.load({str(tokenizer.path)!r}).encode(["text"])
 print(sorted({{"torch", "streaming", "transformers"}} & set(sys.modules)))
 """
     done = subprocess.run(
@@ -32,24 +34,24 @@ print(sorted({{"torch", "streaming", "transformers"}} & set(sys.modules)))
 
 
 def test_every_public_name_is_there_also_after_its_module_was_imported():
-    for module in FOLDER.glob("*.py"):
-        __import__(f"pipelines.{module.stem}")
-    for name in pipelines.__all__:
-        assert callable(getattr(pipelines, name)) or isinstance(getattr(pipelines, name), str), name
+    for module in FOLDER.rglob("*.py"):
+        importlib.import_module(".".join(module.relative_to(FOLDER.parent).with_suffix("").parts))
+    for name in ssa_pipelines.__all__:
+        assert callable(getattr(ssa_pipelines, name)) or isinstance(getattr(ssa_pipelines, name), str), name
 
 
 def test_every_error_carries_its_problem_and_its_remedy():
-    error = pipelines.DataError("file x: bad", remedy="make it good")
+    error = ssa_pipelines.DataError("file x: bad", remedy="make it good")
     assert (error.problem, error.remedy) == ("file x: bad", "make it good")
     assert str(error) == "file x: bad\n  remedy: make it good"
-    shard = pipelines.ShardError("a/b.mds", "missing")
+    shard = ssa_pipelines.ShardError("a/b.mds", "missing")
     assert shard.shard == "a/b.mds"
     assert str(shard).startswith("shard a/b.mds: missing\n  remedy: ")
 
 
 def test_the_readmes_example_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    example = (FOLDER / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    example = (FOLDER.parent / "README.md").read_text().split("```python\n")[1].split("```")[0]
     names: dict = {}
     exec(example, names)
     assert names["tokens"].shape == names["doc_starts"].shape == (4, 1024)

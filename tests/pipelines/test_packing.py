@@ -5,8 +5,8 @@ import random
 import numpy as np
 import pytest
 
-from pipelines import DataError, TokenizerError, doc_starts, pack
-from pipelines.packing import from_sample, mds_columns, to_sample
+from ssa_pipelines import DataError, TokenizerError, doc_starts, pack
+from ssa_pipelines.shards.packing import from_sample, mds_columns, to_sample
 
 BOS, EOS = 1, 2
 

@@ -5,10 +5,11 @@ import time
 
 import pytest
 
-from pipelines import Access, DatasetError, ShardError, storage
-from pipelines.cache import Cache, Wanted, read_remote
-from pipelines.patience import Patience
-from pipelines.rows import RunRows
+from ssa_pipelines import Access, DatasetError, ShardError
+from ssa_pipelines.storage import object_store as storage
+from ssa_pipelines.storage.shard_cache import Cache, Wanted, read_remote
+from ssa_pipelines.storage.stall_timer import Patience
+from ssa_pipelines.stream.run_rows import RunRows
 from tests.pipelines.object_store import BUCKET
 from tests.pipelines.relay import relayed
 from tests.pipelines.support import equal, stream, take
@@ -68,7 +69,7 @@ def test_by_default_a_store_that_says_nothing_when_training_starts_is_an_error_w
 def test_by_default_a_read_of_a_dead_file_system_is_an_error_within_30_s(prepared, monkeypatch):
     rows = stream(prepared, **IN_ORDER)
     take(rows, 5)
-    monkeypatch.setattr("pipelines.shards.from_sample", lambda *_, **__: time.sleep(60))
+    monkeypatch.setattr("ssa_pipelines.shards.row_reader.from_sample", lambda *_, **__: time.sleep(60))
     began = time.monotonic()
     with pytest.raises(DatasetError, match=r"no row came for 25 s while reading shard .*\.mds"):
         take(rows, 5)
@@ -142,7 +143,7 @@ def test_a_closed_stream_does_not_go_on_asking_a_store_that_is_gone(s3, url, tmp
 
 
 def test_what_a_stream_computes_itself_may_take_longer_than_patience(prepared, monkeypatch):
-    monkeypatch.setattr("pipelines.stream._GRACE", 0.3)
+    monkeypatch.setattr("ssa_pipelines.stream.train_stream._GRACE", 0.3)
     rows = stream(prepared, access=Access(patience=0.3), read_ahead=0, **IN_ORDER)
     locate = RunRows._locate
 
@@ -162,7 +163,7 @@ def test_after_a_transfer_that_was_long_and_garbled_the_second_one_has_all_of_th
         time.sleep(0.2)
         target.write_bytes(data if len(begun) == 2 else b"as it is not")
 
-    monkeypatch.setattr("pipelines.cache._download", download)
+    monkeypatch.setattr("ssa_pipelines.storage.shard_cache._download", download)
     cache = Cache("s3://bucket/data", tmp_path, Access(patience=20))
     wanted = Wanted("train/index.json", len(data), hashlib.sha256(data).hexdigest())
     assert cache.fetch(wanted).read_bytes() == data
@@ -195,7 +196,7 @@ def test_one_of_two_jobs_on_a_machine_does_not_wait_for_ever_for_the_other_ones_
 
 def test_the_clock_runs_only_while_somebody_waits(monkeypatch):
     now = [100.0]
-    monkeypatch.setattr("pipelines.patience.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("ssa_pipelines.storage.stall_timer.time.monotonic", lambda: now[0])
     clock = Patience(20)
     assert clock.left(95) == 15  # outside of a stream the caller waits
     with clock.waiting():

@@ -16,17 +16,18 @@ import numpy as np
 import psutil
 import pytest
 
-import pipelines
-from pipelines import Access, CorpusError, DatasetError, DatasetMismatch, TokenizerError, storage
-from pipelines.packing import NO_DOCUMENT
-from pipelines.shards import RowReader
+import ssa_pipelines
+from ssa_pipelines import Access, CorpusError, DatasetError, DatasetMismatch, TokenizerError
+from ssa_pipelines.shards.packing import NO_DOCUMENT
+from ssa_pipelines.shards.row_reader import RowReader
+from ssa_pipelines.storage import object_store as storage
 from tests.launch import environment
 from tests.pipelines.support import ROW_LENGTH, SETTINGS, contents, flip_bit
 
 
 def documents_by_number(path, split, tokenizer):
     """The documents of a split as text, put together from the rows by the numbers the rows give them."""
-    reader, pieces = RowReader(pipelines.load_dataset_info(path), split), collections.defaultdict(list)
+    reader, pieces = RowReader(ssa_pipelines.load_dataset_info(path), split), collections.defaultdict(list)
     for row in range(reader.rows):
         tokens, starts, numbers = reader.read(row)
         for number, piece in zip(numbers.tolist(), np.split(tokens, starts[1:]), strict=True):
@@ -51,10 +52,10 @@ def test_the_two_splits_together_hold_every_document_once(prepared, documents, t
 
 
 def test_the_record_counts_what_is_there(prepared, documents, tokenizer):
-    info = pipelines.load_dataset_info(prepared)
+    info = ssa_pipelines.load_dataset_info(prepared)
     assert (info.row_length, info.vocab_size, info.token_dtype) == (ROW_LENGTH, 701, "uint16")
     assert info.tokenizer_fingerprint == tokenizer.fingerprint
-    assert pipelines.Tokenizer.load(prepared / "tokenizer.model").fingerprint == tokenizer.fingerprint
+    assert ssa_pipelines.Tokenizer.load(prepared / "tokenizer.model").fingerprint == tokenizer.fingerprint
     assert sum(split.documents for split in info.splits.values()) == len(documents)
     assert sum(split.text_bytes for split in info.splits.values()) == sum(len(text.encode()) for text in documents)
     tokens = sum(len(ids) + 2 for ids in tokenizer.encode(documents))
@@ -65,7 +66,7 @@ def test_the_record_counts_what_is_there(prepared, documents, tokenizer):
 
 
 def test_unigram_figures_are_those_of_the_tokens_a_model_predicts(prepared, tokenizer):
-    info = pipelines.load_dataset_info(prepared)
+    info = ssa_pipelines.load_dataset_info(prepared)
     counts = {}
     for split in ("train", "validation"):
         ids = [t for d in tokenizer.encode(documents_in(prepared, split, tokenizer)) for t in [*d, tokenizer.eos_id]]
@@ -82,7 +83,7 @@ def test_it_is_an_ordinary_mds_dataset(prepared):
 
     for split in ("train", "validation"):
         samples = LocalDataset(str(prepared), split)
-        assert len(samples) == pipelines.load_dataset_info(prepared).splits[split].rows
+        assert len(samples) == ssa_pipelines.load_dataset_info(prepared).splits[split].rows
         assert samples[0]["tokens"].shape == (ROW_LENGTH,)
 
 
@@ -90,14 +91,14 @@ def test_it_is_an_ordinary_mds_dataset(prepared):
 def test_preparing_twice_gives_the_same_bytes_with_any_number_of_workers(tmp_path, documents, tokenizer, options):
     settings = {**SETTINGS, **options}
     for name, workers in (("a", 1), ("b", 3)):
-        pipelines.prepare(iter(documents), tokenizer, tmp_path / name, workers=workers, **settings)
+        ssa_pipelines.prepare(iter(documents), tokenizer, tmp_path / name, workers=workers, **settings)
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b"]
     assert (tmp_path / "a" / "validation").exists() == (settings["validation_fraction"] > 0)
 
 
 def test_another_seed_holds_out_other_documents(tmp_path, prepared, documents, tokenizer):
-    pipelines.prepare(iter(documents), tokenizer, tmp_path / "data", **{**SETTINGS, "seed": 6})
+    ssa_pipelines.prepare(iter(documents), tokenizer, tmp_path / "data", **{**SETTINGS, "seed": 6})
     held_out = [set(documents_in(path, "validation", tokenizer)) for path in (prepared, tmp_path / "data")]
     assert held_out[0] != held_out[1]
 
@@ -106,7 +107,7 @@ def test_sources_are_read_and_progress_reaches_the_end(tmp_path, documents, toke
     corpus = tmp_path / "corpus.jsonl"
     corpus.write_text("".join(json.dumps({"body": text}) + "\n" for text in documents))
     seen = []
-    record = pipelines.prepare(
+    record = ssa_pipelines.prepare(
         corpus, tokenizer, tmp_path / "data", text_field="body", progress=lambda *p: seen.append(p), **SETTINGS
     )[""]
     size, text = corpus.stat().st_size, sum(len(text.encode()) for text in documents)
@@ -118,14 +119,14 @@ def test_sources_are_read_and_progress_reaches_the_end(tmp_path, documents, toke
 
 def test_an_existing_dataset_is_reused_only_when_made_from_the_same_inputs(dataset, documents, tokenizer):
     def again(texts=documents, **options):
-        return pipelines.prepare(iter(texts), tokenizer, dataset, **{**SETTINGS, **options})
+        return ssa_pipelines.prepare(iter(texts), tokenizer, dataset, **{**SETTINGS, **options})
 
     before = contents(dataset)
     with pytest.raises(DatasetError, match="copy: already exists"):
         again()
     record = again(reuse=True)[""]
     assert record["reused"]
-    assert record["fingerprint"] == pipelines.load_dataset_info(dataset).fingerprint
+    assert record["fingerprint"] == ssa_pipelines.load_dataset_info(dataset).fingerprint
     with pytest.raises(DatasetMismatch, match=r"row_length is 77 in the dataset there, 78 was asked for"):
         again(reuse=True, row_length=78)
     with pytest.raises(DatasetMismatch, match=r"documents is 125 in the dataset there, 124 was asked for"):
@@ -138,7 +139,7 @@ def test_an_existing_dataset_is_reused_only_when_made_from_the_same_inputs(datas
 def test_a_folder_that_is_no_complete_dataset_is_not_reused(tmp_path, documents, tokenizer):
     (tmp_path / "data").mkdir()
     with pytest.raises(DatasetError, match=r"data: not a prepared dataset"):
-        pipelines.prepare(iter(documents), tokenizer, tmp_path / "data", reuse=True, **SETTINGS)
+        ssa_pipelines.prepare(iter(documents), tokenizer, tmp_path / "data", reuse=True, **SETTINGS)
 
 
 def failing(documents):
@@ -148,7 +149,7 @@ def failing(documents):
 
 def test_an_error_midway_leaves_nothing_behind(tmp_path, documents, tokenizer):
     with pytest.raises(CorpusError, match="gone"):
-        pipelines.prepare(failing(documents), tokenizer, tmp_path / "data", **SETTINGS)
+        ssa_pipelines.prepare(failing(documents), tokenizer, tmp_path / "data", **SETTINGS)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -158,11 +159,11 @@ def test_a_full_disk_is_reported_and_the_next_attempt_goes_on(tmp_path, prepared
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))  # less than a shard
     try:
         with pytest.raises(DatasetError, match=r"data: cannot be written \(.*File too large") as caught:
-            pipelines.prepare(tmp_path / "corpus.jsonl", tokenizer, tmp_path / "data", **SETTINGS)
+            ssa_pipelines.prepare(tmp_path / "corpus.jsonl", tokenizer, tmp_path / "data", **SETTINGS)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert "what is finished is kept" in caught.value.remedy
-    pipelines.prepare(iter(documents), tokenizer, tmp_path / "data", **SETTINGS)
+    ssa_pipelines.prepare(iter(documents), tokenizer, tmp_path / "data", **SETTINGS)
     assert without_names(contents(tmp_path / "data")) == without_names(contents(prepared))
     assert sorted(os.listdir(tmp_path)) == ["corpus.jsonl", "data"]
 
@@ -170,7 +171,7 @@ def test_a_full_disk_is_reported_and_the_next_attempt_goes_on(tmp_path, prepared
 def test_a_scratch_folder_on_another_disk_is_as_good(tmp_path, prepared, documents, tokenizer):
     with tempfile.TemporaryDirectory(dir="/dev/shm") as other:
         assert os.stat(other).st_dev != os.stat(tmp_path).st_dev
-        pipelines.prepare(iter(documents), tokenizer, tmp_path / "data", scratch=Path(other, "scratch"), **SETTINGS)
+        ssa_pipelines.prepare(iter(documents), tokenizer, tmp_path / "data", scratch=Path(other, "scratch"), **SETTINGS)
         assert os.listdir(other) == []
     assert contents(tmp_path / "data") == contents(prepared)
     assert os.listdir(tmp_path) == ["data"]
@@ -178,7 +179,7 @@ def test_a_scratch_folder_on_another_disk_is_as_good(tmp_path, prepared, documen
 
 PREPARE_AND_DIE = """
 import os, signal, sys, pipelines
-from pipelines import preparation
+from ssa_pipelines import preparation
 
 def die_after(number):
     def progress(stage, done, total):
@@ -190,7 +191,7 @@ def die_after(number):
 
 if __name__ == "__main__":
     parts = 0
-    pipelines.prepare(sys.argv[1], sys.argv[2], sys.argv[3], workers=int(sys.argv[4]), progress=die_after(4), **{SETTINGS})
+    ssa_pipelines.prepare(sys.argv[1], sys.argv[2], sys.argv[3], workers=int(sys.argv[4]), progress=die_after(4), **{SETTINGS})
 """
 
 
@@ -208,7 +209,7 @@ def test_after_kill_9_what_is_finished_is_kept_and_the_bytes_are_the_same(
     done = {path.name: path.stat().st_ino for path in (tmp_path / ".data.preparing" / "parts").glob("part-*")}
     assert len(done) >= 4
     kept = set()
-    pipelines.prepare(corpus, tokenizer, tmp_path / "data", **SETTINGS, progress=lambda *p: kept.update(
+    ssa_pipelines.prepare(corpus, tokenizer, tmp_path / "data", **SETTINGS, progress=lambda *p: kept.update(
         path.name for path in (tmp_path / ".data.preparing" / "parts").glob("part-*")
         if done.get(path.name) == path.stat().st_ino
     ))  # fmt: skip
@@ -248,7 +249,7 @@ def test_work_left_by_an_attempt_at_something_else_is_not_used(tmp_path, prepare
     command = [sys.executable, program, corpus, tokenizer.path, tmp_path / "data", "1"]
     assert subprocess.run(command, env=environment(), timeout=120).returncode == -signal.SIGKILL
     corpus.unlink()
-    pipelines.prepare(iter(documents), tokenizer, tmp_path / "data", **SETTINGS)
+    ssa_pipelines.prepare(iter(documents), tokenizer, tmp_path / "data", **SETTINGS)
     assert contents(tmp_path / "data") == contents(prepared)
 
 
@@ -260,7 +261,7 @@ def test_a_killed_worker_is_an_error_and_not_a_hang(tmp_path, documents, tokeniz
 
     began = time.monotonic()
     with pytest.raises(DatasetError, match="a worker process was killed") as caught:
-        pipelines.prepare(iter(documents), tokenizer, tmp_path / "data", workers=2, progress=kill_one, **SETTINGS)
+        ssa_pipelines.prepare(iter(documents), tokenizer, tmp_path / "data", workers=2, progress=kill_one, **SETTINGS)
     assert time.monotonic() - began < 30
     assert "fewer workers" in caught.value.remedy
     assert not (tmp_path / "data").exists()
@@ -276,7 +277,7 @@ def test_text_that_changes_under_way_is_noticed(tmp_path, documents, tokenizer):
             corpus.write_text(changed)
 
     with pytest.raises(CorpusError, match=r"corpus\.jsonl: changed while it was being prepared"):
-        pipelines.prepare(corpus, tokenizer, tmp_path / "data", progress=change, **SETTINGS)
+        ssa_pipelines.prepare(corpus, tokenizer, tmp_path / "data", progress=change, **SETTINGS)
     assert not (tmp_path / "data").exists()
 
 
@@ -290,7 +291,7 @@ def test_exact_duplicates_are_left_out_once_each_over_all_sources(tmp_path, docu
     for name, texts in (("web", web), ("code", code)):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     sources = {name: tmp_path / f"{name}.jsonl" for name in ("web", "code")}
-    found = pipelines.prepare(sources, tokenizer, tmp_path / "data", **SETTINGS)
+    found = ssa_pipelines.prepare(sources, tokenizer, tmp_path / "data", **SETTINGS)
     assert {name: record["duplicates"] for name, record in found.items()} == {"web": 5, "code": 13}
     got = [
         text
@@ -299,37 +300,37 @@ def test_exact_duplicates_are_left_out_once_each_over_all_sources(tmp_path, docu
         for text in documents_in(tmp_path / "data" / name, split, tokenizer)
     ]
     assert sorted(got) == sorted(documents)
-    everything = pipelines.prepare(sources, tokenizer, tmp_path / "all", deduplicate=False, **SETTINGS)
+    everything = ssa_pipelines.prepare(sources, tokenizer, tmp_path / "all", deduplicate=False, **SETTINGS)
     assert [record["duplicates"] for record in everything.values()] == [0, 0]
     train = documents_in(tmp_path / "all" / "web", "train", tokenizer)
     validation = documents_in(tmp_path / "all" / "web", "validation", tokenizer)
     assert sorted(train + validation) == sorted(web)
     assert not set(train) & set(validation)  # duplicates stay on one side
     for name in sources:
-        pipelines.verify(tmp_path / "data" / name)
+        ssa_pipelines.verify(tmp_path / "data" / name)
 
 
 def test_every_row_says_which_documents_it_holds(prepared, documents, tokenizer):
-    info = pipelines.load_dataset_info(prepared)
+    info = ssa_pipelines.load_dataset_info(prepared)
     assert json.loads((prepared / "records.json").read_text()) == [["documents", len(documents)]]
     train, validation = (documents_by_number(prepared, split, tokenizer) for split in info.splits)
     assert {**train, **validation} == dict(enumerate(documents))
 
 
 def test_only_the_last_row_of_a_split_is_padded_whatever_the_parts(prepared):
-    for split in pipelines.load_dataset_info(prepared).splits.values():
+    for split in ssa_pipelines.load_dataset_info(prepared).splits.values():
         assert 0 <= split.padding < ROW_LENGTH
 
 
 def test_a_dataset_in_an_object_store_is_the_same_bytes(s3, tmp_path, prepared, documents, tokenizer):
     out = "s3://bucket/some/data"
-    found = pipelines.prepare(iter(documents), tokenizer, out, scratch=tmp_path / "scratch", **SETTINGS)
+    found = ssa_pipelines.prepare(iter(documents), tokenizer, out, scratch=tmp_path / "scratch", **SETTINGS)
     assert found[""]["path"] == out
     assert {key: s3.get(f"some/data/{key}") for key in contents(prepared)} == contents(prepared)
     assert len(s3.keys("some/data")) == len(contents(prepared))
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(DatasetError, match=f"{out}: already exists"):
-        pipelines.prepare(iter(documents), tokenizer, out, **SETTINGS)
+        ssa_pipelines.prepare(iter(documents), tokenizer, out, **SETTINGS)
 
 
 def test_a_store_that_vanishes_while_it_is_written_is_named_and_the_next_attempt_goes_on(
@@ -347,19 +348,20 @@ def test_a_store_that_vanishes_while_it_is_written_is_named_and_the_next_attempt
 
     began = time.monotonic()
     with pytest.raises(DatasetError, match=r"s3://bucket/some/data/train/shard\.\S+: cannot be uploaded") as caught:
-        pipelines.prepare(corpus, tokenizer, out, progress=vanish, **options)
+        ssa_pipelines.prepare(corpus, tokenizer, out, progress=vanish, **options)
     assert time.monotonic() - began < 30
     assert "S3_ENDPOINT_URL" in caught.value.remedy
     done = len(list((tmp_path / "scratch" / "parts").glob("part-*")))
     assert done > 2
     s3.start()
     with pytest.raises(DatasetError, match=r"dataset\.json: not there"):  # nobody takes it for a dataset
-        pipelines.load_dataset_info(out, Access(tmp_path / "cache"))
-    pipelines.prepare(corpus, tokenizer, out, **options)
+        ssa_pipelines.load_dataset_info(out, Access(tmp_path / "cache"))
+    ssa_pipelines.prepare(corpus, tokenizer, out, **options)
     stored = {key: s3.get(f"some/data/{key}") for key in contents(prepared)}
     assert without_names(stored) == without_names(contents(prepared))
     assert (
-        pipelines.verify(out)["splits"]["train"]["rows"] == pipelines.load_dataset_info(prepared).splits["train"].rows
+        ssa_pipelines.verify(out)["splits"]["train"]["rows"]
+        == ssa_pipelines.load_dataset_info(prepared).splits["train"].rows
     )
 
 
@@ -368,8 +370,8 @@ def test_a_second_writer_of_the_same_folder_is_refused_while_the_first_lives(tmp
     with open(tmp_path / ".data.preparing" / "lock", "w") as owner:
         fcntl.flock(owner, fcntl.LOCK_EX)
         with pytest.raises(DatasetError, match="data: another process is preparing it"):
-            pipelines.prepare(iter(documents), tokenizer, tmp_path / "data", **SETTINGS)
-    pipelines.prepare(iter(documents), tokenizer, tmp_path / "data", **SETTINGS)
+            ssa_pipelines.prepare(iter(documents), tokenizer, tmp_path / "data", **SETTINGS)
+    ssa_pipelines.prepare(iter(documents), tokenizer, tmp_path / "data", **SETTINGS)
     assert os.listdir(tmp_path) == ["data"]
 
 
@@ -380,24 +382,24 @@ def test_a_second_writer_of_the_same_folder_is_refused_while_the_first_lives(tmp
         ({"validation_fraction": 1.0}, r"validation_fraction 1.0 is not in \[0, 1\)"),
         ({"validation_fraction": -0.1}, r"validation_fraction -0.1 is not in \[0, 1\)"),
         ({"compression": "rar"}, "compression 'rar' is not known"),
-        ({"shard_size": 1000}, "shard_size 1000: a shard takes"),
-        ({"shard_size": 1 << 32}, "shard_size 4294967296: a shard takes"),
+        ({"dp_cp_size": 1000}, "dp_cp_size 1000: a shard takes"),
+        ({"dp_cp_size": 1 << 32}, "dp_cp_size 4294967296: a shard takes"),
         ({"validation_fraction": 1e-9}, "validation_fraction 1e-09 of 125 documents leaves the validation split empty"),
         ({"validation_fraction": 1 - 1e-9}, "of 125 documents leaves the train split empty"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(tmp_path, documents, tokenizer, options, message):
     with pytest.raises((DatasetError, CorpusError), match=message) as caught:
-        pipelines.prepare(iter(documents), tokenizer, tmp_path / "data", **{**SETTINGS, **options})
+        ssa_pipelines.prepare(iter(documents), tokenizer, tmp_path / "data", **{**SETTINGS, **options})
     assert caught.value.remedy
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_corpus_or_a_tokenizer_that_is_missing_is_refused(tmp_path, tokenizer):
     with pytest.raises(CorpusError, match=r"absent\.jsonl"):
-        pipelines.prepare(tmp_path / "absent.jsonl", tokenizer, tmp_path / "data", **SETTINGS)
+        ssa_pipelines.prepare(tmp_path / "absent.jsonl", tokenizer, tmp_path / "data", **SETTINGS)
     with pytest.raises(TokenizerError, match=r"absent\.model"):
-        pipelines.prepare("package:king-james", tmp_path / "absent.model", tmp_path / "data", **SETTINGS)
+        ssa_pipelines.prepare("package:king-james", tmp_path / "absent.model", tmp_path / "data", **SETTINGS)
 
 
 def test_a_damaged_or_foreign_record_is_refused(dataset):
@@ -411,26 +413,26 @@ def test_a_damaged_or_foreign_record_is_refused(dataset):
     ):
         record.write_text(text)
         with pytest.raises(DatasetError, match=message):
-            pipelines.load_dataset_info(dataset)
+            ssa_pipelines.load_dataset_info(dataset)
     record.unlink()
     with pytest.raises(DatasetError, match=r"not a prepared dataset \(dataset\.json is missing\)"):
-        pipelines.load_dataset_info(dataset)
+        ssa_pipelines.load_dataset_info(dataset)
 
 
 def test_a_dataset_for_another_recipe_is_refused_with_both_values(prepared, tokenizer):
-    info = pipelines.load_dataset_info(prepared)
+    info = ssa_pipelines.load_dataset_info(prepared)
     fits = {"tokenizer_fingerprint": tokenizer.fingerprint, "vocab_size": 701, "row_length": 77}
-    pipelines.check_compatible(info, **fits)
-    pipelines.check_compatible(info, **{**fits, "vocab_size": 128256})  # a model may have rows to spare
+    ssa_pipelines.check_compatible(info, **fits)
+    ssa_pipelines.check_compatible(info, **{**fits, "vocab_size": 128256})  # a model may have rows to spare
     with pytest.raises(DatasetMismatch, match="vocab_size is 701 in the dataset's tokenizer, only 700 in the recipe"):
-        pipelines.check_compatible(info, **{**fits, "vocab_size": 700})
+        ssa_pipelines.check_compatible(info, **{**fits, "vocab_size": 700})
     for field, value in (("tokenizer_fingerprint", "0" * 64), ("row_length", 1024)):
         with pytest.raises(DatasetMismatch, match=rf"{field} is {fits[field]} in the dataset, {value} in the recipe"):
-            pipelines.check_compatible(info, **{**fits, field: value})
+            ssa_pipelines.check_compatible(info, **{**fits, field: value})
 
 
 def test_stats_are_ratios_of_what_the_record_counts(prepared):
-    info, report = pipelines.load_dataset_info(prepared), pipelines.stats(prepared)
+    info, report = ssa_pipelines.load_dataset_info(prepared), ssa_pipelines.stats(prepared)
     train = info.splits["train"]
     assert report["splits"]["train"]["bytes_per_token"] == train.text_bytes / train.tokens
     assert report["splits"]["train"]["shards"] == len(list((prepared / "train").glob("*.mds")))
@@ -441,8 +443,8 @@ class TestVerification:
     def test_a_whole_dataset_passes_and_is_not_touched(self, dataset, compressed_copy):
         for path in (dataset, compressed_copy):
             before, seen = contents(path), []
-            report = pipelines.verify(path, progress=lambda *p, seen=seen: seen.append(p))
-            info = pipelines.load_dataset_info(path)
+            report = ssa_pipelines.verify(path, progress=lambda *p, seen=seen: seen.append(p))
+            info = ssa_pipelines.load_dataset_info(path)
             assert {n: s["rows"] for n, s in report["splits"].items()} == {n: s.rows for n, s in info.splits.items()}
             assert len(seen) == sum(len(s.files) - 1 for s in info.splits.values())
             assert contents(path) == before
@@ -464,14 +466,14 @@ class TestVerification:
         path = request.getfixturevalue({"plain": "dataset", "compressed": "compressed_copy"}[which])
         shard = sorted((path / split).glob("*.mds*"))[-1]
         damage(shard)
-        with pytest.raises(pipelines.ShardError, match=message) as caught:
-            pipelines.verify(path)
+        with pytest.raises(ssa_pipelines.ShardError, match=message) as caught:
+            ssa_pipelines.verify(path)
         assert caught.value.shard == str(shard)
         assert str(shard) in str(caught.value)
 
     @pytest.mark.parametrize("name", ["train/index.json", "tokenizer.model"])
     def test_a_damaged_index_or_tokenizer_is_named(self, dataset, name):
         flip_bit(dataset / name, 40)
-        with pytest.raises(pipelines.ShardError, match="contents changed") as caught:
-            pipelines.verify(dataset)
+        with pytest.raises(ssa_pipelines.ShardError, match="contents changed") as caught:
+            ssa_pipelines.verify(dataset)
         assert caught.value.shard == str(dataset / name)

@@ -6,8 +6,8 @@ import threading
 
 import pytest
 
-import pipelines
-from pipelines import Access, DatasetError, ShardError
+import ssa_pipelines
+from ssa_pipelines import Access, DatasetError, ShardError
 from tests.pipelines.support import contents, equal, flip_bit, stream, take
 
 
@@ -62,7 +62,7 @@ def test_two_processes_worth_of_readers_share_a_cache(remote, tmp_path, prepared
 
 
 def test_a_cache_stays_under_its_limit_and_the_rows_stay_right(remote, tmp_path, prepared):
-    info = pipelines.load_dataset_info(prepared)
+    info = ssa_pipelines.load_dataset_info(prepared)
     sizes = [file.bytes for name, file in info.splits["train"].files.items() if name.endswith(".mds")]
     limit = sum(sizes) // 2
     options = {"shuffle": False, "micro": 1, "batch": 1}
@@ -109,7 +109,7 @@ def test_a_cached_index_or_tokenizer_that_the_disk_altered_is_fetched_again(remo
 
 
 def test_what_a_killed_process_left_half_fetched_is_removed_and_nothing_else_is(remote, tmp_path, prepared):
-    info = pipelines.load_dataset_info(remote, access(tmp_path))
+    info = ssa_pipelines.load_dataset_info(remote, access(tmp_path))
     ours = info.path / ".parts" / "train-shard.00000.00000.mds.0123.part.1.abcd"
     foreign = [info.path / "train" / "notes.txt", tmp_path / "cache" / "another-job" / "file.part"]
     for path in (ours, *foreign):
@@ -123,31 +123,31 @@ def test_what_a_killed_process_left_half_fetched_is_removed_and_nothing_else_is(
 
 def test_verification_from_afar_reads_everything_and_keeps_nothing(s3, remote, prepared, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
-    assert pipelines.verify(remote)["splits"] == pipelines.verify(prepared)["splits"]
+    assert ssa_pipelines.verify(remote)["splits"] == ssa_pipelines.verify(prepared)["splits"]
     assert not (tmp_path / "home").exists()
     shard = sorted(name for name in contents(prepared) if name.endswith(".mds"))[-1]
     data = bytearray(s3.get(f"data/{shard}"))
     data[-1] ^= 1
     s3.put(f"data/{shard}", bytes(data))
     with pytest.raises(ShardError, match="contents changed") as caught:
-        pipelines.verify(remote)
+        ssa_pipelines.verify(remote)
     assert caught.value.shard == f"{remote}/{shard}"
 
 
 def test_stats_read_back_a_sample(remote, tmp_path, prepared, documents, tokenizer):
-    report = pipelines.stats(remote, access=access(tmp_path))
+    report = ssa_pipelines.stats(remote, access=access(tmp_path))
     for name, split in report["splits"].items():
         assert split["sample"][:40] in "".join(documents), name
         assert sum(split["lengths"].values()) == split["documents"]
         assert 0 <= split["padding_share"] < 0.5
     del report["path"]
-    assert report == {k: v for k, v in pipelines.stats(prepared).items() if k != "path"}
+    assert report == {k: v for k, v in ssa_pipelines.stats(prepared).items() if k != "path"}
 
 
 def test_a_dataset_prepared_to_a_store_is_read_from_it(s3, tmp_path, documents, tokenizer, prepared):
     from tests.pipelines.support import SETTINGS
 
-    pipelines.prepare(iter(documents), tokenizer, "s3://bucket/new", scratch=tmp_path / "scratch", **SETTINGS)
+    ssa_pipelines.prepare(iter(documents), tokenizer, "s3://bucket/new", scratch=tmp_path / "scratch", **SETTINGS)
     rows = stream("s3://bucket/new", access=access(tmp_path))
     assert equal(take(rows, 100), take(stream(prepared), 100))
     assert os.listdir(tmp_path) == ["cache"]

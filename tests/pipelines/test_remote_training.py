@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-import pipelines
+import ssa_pipelines
 from ssa_megatron.train.data import ledger_of_step
 from ssa_megatron.train.metrics import read_metrics
 from tests import launch
@@ -26,9 +26,9 @@ LIMIT = 30  # seconds from the last step to the end of every rank
 def many_shards(documents, tmp_path_factory) -> Path:
     """A dataset of shards of some fifty rows, so that a store can vanish before all of them are here."""
     folder = tmp_path_factory.mktemp("many")
-    tokenizer = pipelines.train_tokenizer(iter(documents), folder / "t.model", vocab_size=400)
+    tokenizer = ssa_pipelines.train_tokenizer(iter(documents), folder / "t.model", vocab_size=400)
     options = {"row_length": 33, "validation_fraction": 0.0, "part_bytes": 5000}
-    pipelines.prepare(iter(documents), tokenizer, folder / "data", **options)
+    ssa_pipelines.prepare(iter(documents), tokenizer, folder / "data", **options)
     assert len(list((folder / "data" / "train").glob("*.mds"))) > 40
     return folder / "data"
 

@@ -6,8 +6,9 @@ import time
 import pytest
 from typer.testing import CliRunner
 
-from pipelines import CorpusError, DatasetError, iter_documents, storage
 from ssa_megatron import cli
+from ssa_pipelines import CorpusError, DatasetError, iter_documents
+from ssa_pipelines.storage import object_store as storage
 from tests.pipelines.object_store import BUCKET
 from tests.pipelines.relay import relayed
 

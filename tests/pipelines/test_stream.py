@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 import torch
 
-import pipelines
-from pipelines import DatasetError, DatasetMismatch, ShardError
-from pipelines.order import epoch_order
+import ssa_pipelines
+from ssa_pipelines import DatasetError, DatasetMismatch, ShardError
+from ssa_pipelines.stream.row_order import epoch_order
 from tests.launch import environment
 from tests.pipelines.support import ROW_LENGTH, equal, flip_bit, stream, take, truncate
 
@@ -82,7 +82,7 @@ def test_the_order_is_the_same_as_in_earlier_releases():
 
 def positions(path) -> list[int]:
     """Micro-batches of 2 rows: the beginning, odd places, and every place around the ends of two epochs."""
-    epoch = pipelines.load_dataset_info(path).splits["train"].rows / 2
+    epoch = ssa_pipelines.load_dataset_info(path).splits["train"].rows / 2
     return [0, 1, 7] + [int(epoch * n) + d for n in (1, 2) for d in (-1, 0, 1)]
 
 
@@ -117,7 +117,7 @@ def test_compressed_shards_give_the_same_rows_also_when_a_kill_left_a_partial_fi
     (compressed_copy / "train" / "shard.00000.00000.mds.tmp").write_bytes(b"half a sh")
     (compressed_copy / "train" / "shard.00001.00000.mds").write_bytes(b"half a shard")
     assert equal(take(stream(compressed_copy), 300), take(stream(prepared), 300))
-    pipelines.verify(compressed_copy)
+    ssa_pipelines.verify(compressed_copy)
 
 
 def test_a_process_killed_while_it_decompresses_holds_up_nobody(compressed_copy):
@@ -241,7 +241,7 @@ class TestDamageIsAlwaysAnErrorThatNamesTheShard:
         first.write_bytes(data[1])
         second.write_bytes(data[0])
         with pytest.raises(ShardError, match=r"shard\.00000\.00000\.mds"):
-            pipelines.verify(dataset)
+            ssa_pipelines.verify(dataset)
 
 
 @pytest.mark.parametrize(
@@ -263,7 +263,7 @@ def test_a_layout_or_split_that_cannot_be_is_refused(prepared, options, message)
 class TestEvaluationRows:
     def evaluate(self, path, *, rows=12, micro=2, rank=0, size=1, **options):
         layout = {"micro_batch_rows": micro, "data_parallel_rank": rank, "data_parallel_size": size}
-        return pipelines.evaluation_rows(path, rows=rows, **layout, **options)
+        return ssa_pipelines.evaluation_rows(path, rows=rows, **layout, **options)
 
     def test_are_the_first_ones_as_packed_and_the_same_every_time(self, prepared):
         stored = take(stream(prepared, split="validation", shuffle=False), 6)
@@ -277,14 +277,14 @@ class TestEvaluationRows:
         assert equal(together, list(self.evaluate(prepared)))
 
     def test_more_than_there_are_are_refused_at_once(self, prepared):
-        held = pipelines.load_dataset_info(prepared).splits["validation"].rows
+        held = ssa_pipelines.load_dataset_info(prepared).splits["validation"].rows
         with pytest.raises(DatasetError, match=rf"rows 10000: the split 'validation' of .* holds {held}"):
             self.evaluate(prepared, rows=10_000)
         with pytest.raises(DatasetError, match="rows 7 is not a multiple of micro_batch_rows 2"):
             self.evaluate(prepared, rows=7)
 
     def test_a_dataset_without_a_validation_split_says_how_to_get_one(self, tmp_path, documents, tokenizer):
-        pipelines.prepare(iter(documents), tokenizer, tmp_path / "data", row_length=77, validation_fraction=0)
+        ssa_pipelines.prepare(iter(documents), tokenizer, tmp_path / "data", row_length=77, validation_fraction=0)
         with pytest.raises(DatasetError, match="no split 'validation'") as caught:
             self.evaluate(tmp_path / "data")
         assert "validation_fraction" in caught.value.remedy

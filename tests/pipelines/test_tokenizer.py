@@ -8,8 +8,8 @@ import pytest
 import sentencepiece
 from typer.testing import CliRunner
 
-from pipelines import CorpusError, Tokenizer, TokenizerError, train_tokenizer
 from ssa_megatron import cli
+from ssa_pipelines import CorpusError, Tokenizer, TokenizerError, train_tokenizer
 
 ODD = [
     "",

@@ -10,8 +10,8 @@ from tests.ssa_megatron.support import tiny
 
 @pytest.fixture(scope="module")
 def alone():
-    """ParallelContext of one process; the launcher's variables it sets are taken back."""
-    from ssa_megatron.parallel import context as parallel
+    """ParallelState of one process; the launcher's variables it sets are taken back."""
+    from ssa_megatron.parallel import state as parallel
 
     before = dict(os.environ)
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
@@ -25,16 +25,16 @@ def alone():
 
 @pytest.fixture(scope="session")
 def corpus() -> list[str]:
-    import pipelines
+    import ssa_pipelines
 
-    return [chapter for number, chapter in enumerate(pipelines.demo_documents()) if number % 60 == 3]
+    return [chapter for number, chapter in enumerate(ssa_pipelines.demo_documents()) if number % 60 == 3]
 
 
 @pytest.fixture(scope="session")
 def tokenizer(corpus, tmp_path_factory):
-    import pipelines
+    import ssa_pipelines
 
-    return pipelines.train_tokenizer(
+    return ssa_pipelines.train_tokenizer(
         iter(corpus), tmp_path_factory.mktemp("tokenizer") / "tokenizer.model", vocab_size=400
     )
 
@@ -42,8 +42,8 @@ def tokenizer(corpus, tmp_path_factory):
 @pytest.fixture(scope="session")
 def dataset(corpus, tokenizer, tmp_path_factory) -> Path:
     """Rows of 33 tokens of a 400-piece vocabulary; never written to."""
-    import pipelines
+    import ssa_pipelines
 
     out = tmp_path_factory.mktemp("dataset") / "data"
-    pipelines.prepare(iter(corpus), tokenizer, out, row_length=33, validation_fraction=0.1)
+    ssa_pipelines.prepare(iter(corpus), tokenizer, out, row_length=33, validation_fraction=0.1)
     return out

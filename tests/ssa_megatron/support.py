@@ -65,28 +65,28 @@ def global_batch(recipe: Recipe, step: int) -> list[Rows]:
     return [Rows(tokens[at : at + size], starts[at : at + size]) for at in range(0, len(tokens), size)]
 
 
-def own_rows(recipe: Recipe, context, step: int):
+def own_rows(recipe: Recipe, parallel, step: int):
     """This data-parallel rank's micro-batches of a step, as TrainStream deals them."""
-    return iter(global_batch(recipe, step)[context.data_rank :: context.data_size])
+    return iter(global_batch(recipe, step)[parallel.dp_rank :: parallel.dp_size])
 
 
-def take_steps(model, optimizer, recipe: Recipe, context, first: int, last: int) -> list:
+def take_steps(model, optimizer, recipe: Recipe, parallel, first: int, last: int) -> list:
     """Steps `first` up to, not including, `last`."""
     from ssa_megatron.train.step import train_step
 
     return [
-        train_step(model, optimizer, own_rows(recipe, context, step), recipe, context, step=step, lr=1e-3)
+        train_step(model, optimizer, own_rows(recipe, parallel, step), recipe, parallel, step=step, lr=1e-3)
         for step in range(first, last)
     ]
 
 
-def build(recipe: Recipe, context):
+def build(recipe: Recipe, parallel):
     """(model, optimizer) with the recipe's initial weights."""
     from ssa_megatron.model.build import build_model
     from ssa_megatron.zero.optimizer import ShardedOptimizer
 
-    model = build_model(recipe, context)
-    return model, ShardedOptimizer(model, recipe, context)
+    model = build_model(recipe, parallel)
+    return model, ShardedOptimizer(model, recipe, parallel)
 
 
 @contextmanager
@@ -141,7 +141,7 @@ def gradients_at_step(optimizer) -> Iterator[list]:
         found.append((fragment, gradient.view(-1)[first : first + fragment.numel]))
 
 
-def global_tensors(pieces, recipe: Recipe, context) -> dict[str, Tensor]:
+def global_tensors(pieces, recipe: Recipe, parallel) -> dict[str, Tensor]:
     """Whole tensors under global names, fp32, on every rank, from every rank's (fragment, its 1-d values)."""
     import torch.distributed as dist
 
@@ -150,7 +150,7 @@ def global_tensors(pieces, recipe: Recipe, context) -> dict[str, Tensor]:
     found = {name: torch.zeros(shape) for name, shape in global_shapes(recipe).items()}
     for fragment, values in pieces:
         named, end = fragment.named, fragment.start + fragment.numel
-        if named.tied_copy or (named.replicated and context.tensor_rank > 0):
+        if named.tied_copy or (named.replicated and parallel.tp_rank > 0):
             continue  # another rank holds the same
         for block in named.blocks:
             first, last = max(fragment.start, block.start), min(end, block.start + block.numel)
@@ -160,7 +160,7 @@ def global_tensors(pieces, recipe: Recipe, context) -> dict[str, Tensor]:
                 index = tuple(slice(o, o + n) for o, n in zip(block.offset, block.shape, strict=True))
                 found[block.name][index] += part.view(block.shape)
     for tensor in found.values():
-        dist.all_reduce(tensor, group=context.host_group)
+        dist.all_reduce(tensor, group=parallel.gloo_group)
     return found
 
 

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-import pipelines
-from cluster.endings import ending
+import ssa_pipelines
+from ssa_cluster.exit_codes import ending
 from ssa_megatron.checkpoint.manifest import committed
 from ssa_megatron.train.metrics import read_metrics
 from ssa_megatron.train.run_folder import RunFolder
-from ssa_megatron.train.schedule import learning_rate
+from ssa_megatron.train.schedules import learning_rate
 from tests.launch import run
 from tests.ssa_megatron.support import recipe_file, tiny
 
@@ -182,10 +182,10 @@ def place(dataset, corpus, tokenizer, tmp_path_factory) -> Place:
     place.recipe = recipe_file(place.root, dataset)
     place.new = place.root / "new"
     place.trained = place.root / "trained"
-    other = pipelines.train_tokenizer(iter(corpus), place.root / "other.model", vocab_size=390)
+    other = ssa_pipelines.train_tokenizer(iter(corpus), place.root / "other.model", vocab_size=390)
     for name, made_with, text in (("other", other, corpus), ("other text", tokenizer, corpus[:-1])):
         place.copies[name] = place.root / name
-        pipelines.prepare(iter(text), made_with, place.copies[name], row_length=33, validation_fraction=0.1)
+        ssa_pipelines.prepare(iter(text), made_with, place.copies[name], row_length=33, validation_fraction=0.1)
     run(1, "ssa_megatron", *place.train(into=place.trained), timeout=90)
     place.trained_copy("untouched")
     place.trained_copy("fallback")

@@ -15,7 +15,7 @@ from pathlib import Path
 from ssa_megatron.checkpoint.reader import Checkpoint, load_into
 from ssa_megatron.checkpoint.writer import PendingCheckpoint, save_checkpoint
 from ssa_megatron.model.shapes import global_shapes
-from ssa_megatron.parallel import context as parallel
+from ssa_megatron.parallel.state import finalize, initialize
 from ssa_megatron.train.step import train_step
 from tests.ssa_megatron.support import build, own_rows, take_steps, tiny
 
@@ -46,7 +46,7 @@ def peak_while(action) -> int:
     return max(0, peak[0] - before)
 
 
-def measure(folder: Path, hidden: int, layers: int, vocabulary: int, length: int, context) -> dict:
+def measure(folder: Path, hidden: int, layers: int, vocabulary: int, length: int, parallel) -> dict:
     recipe = tiny(
         model__hidden_size=hidden,
         model__num_layers=layers,
@@ -56,12 +56,12 @@ def measure(folder: Path, hidden: int, layers: int, vocabulary: int, length: int
         model__max_sequence_length=length,
         train__sequence_length=length,
     )
-    model, optimizer = build(recipe, context)
-    take_steps(model, optimizer, recipe, context, 0, 1)
+    model, optimizer = build(recipe, parallel)
+    take_steps(model, optimizer, recipe, parallel, 0, 1)
     about = {"step": 1, "state": {"step": 1}, "tokenizer_fingerprint": "t"}
 
     def save() -> None:
-        assert save_checkpoint(folder, optimizer, recipe, context, **about) is None
+        assert save_checkpoint(folder, optimizer, recipe, parallel, **about) is None
 
     def step(number: int, saving: bool) -> tuple[float, float]:
         """(seconds of a step that a checkpoint precedes, seconds of it that were waiting for the checkpoint)."""
@@ -73,9 +73,9 @@ def measure(folder: Path, hidden: int, layers: int, vocabulary: int, length: int
             assert pending is None or pending.finish() is None
             waited = time.monotonic() - waiting
 
-        pending = PendingCheckpoint(folder, optimizer, recipe, context, **about) if saving else None
-        rows = own_rows(recipe, context, number)
-        train_step(model, optimizer, rows, recipe, context, step=number, lr=1e-3, before_update=finish)
+        pending = PendingCheckpoint(folder, optimizer, recipe, parallel, **about) if saving else None
+        rows = own_rows(recipe, parallel, number)
+        train_step(model, optimizer, rows, recipe, parallel, step=number, lr=1e-3, before_update=finish)
         return time.monotonic() - began, waited
 
     def seconds(action) -> float:
@@ -110,15 +110,15 @@ def measure(folder: Path, hidden: int, layers: int, vocabulary: int, length: int
 
 def main() -> None:
     out, sizes = Path(sys.argv[1]), [int(size) for size in sys.argv[2:]] or [512, 8, 32000, 256]
-    context = parallel.initialize(tiny())
+    parallel = initialize(tiny())
     with tempfile.TemporaryDirectory(dir=out.parent) as folder:
         found = measure(
-            Path(context.agree(folder)), *sizes, context
+            Path(parallel.broadcast_object(folder)), *sizes, parallel
         )  # of the writer rank, which also writes the manifest
-        if context.is_writer:
+        if parallel.is_rank0:
             out.write_text(json.dumps(found, indent=1))
-        context.barrier()
-    parallel.finalize()
+        parallel.barrier()
+    finalize()
 
 
 if __name__ == "__main__":

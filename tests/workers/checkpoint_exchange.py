@@ -14,7 +14,7 @@ from megatron.core import parallel_state
 
 from ssa_megatron.checkpoint.reader import load_into, newest_valid
 from ssa_megatron.checkpoint.writer import PendingCheckpoint, save_checkpoint
-from ssa_megatron.parallel import context as parallel
+from ssa_megatron.parallel.state import finalize, initialize, world_size
 from ssa_megatron.train.step import train_step
 from tests.ssa_megatron.support import build, changed_deepspeed, own_rows, small_buckets, take_steps, tiny
 
@@ -64,22 +64,22 @@ def recipe_of(precision: str, place: str):
     return tiny(train__precision=precision, **overrides, **PLACES[place][1])
 
 
-def train_and_save(root: Path, precision: str, place: str, context) -> list[float]:
+def train_and_save(root: Path, precision: str, place: str, parallel) -> list[float]:
     """[loss, gradient norm] of the step during which the checkpoint of the one before it was written."""
     recipe = recipe_of(precision, place)
     with changed_deepspeed(small_buckets):
-        model, optimizer = build(recipe, context)
-    take_steps(model, optimizer, recipe, context, 0, STEPS)
+        model, optimizer = build(recipe, parallel)
+    take_steps(model, optimizer, recipe, parallel, 0, STEPS)
     said = []
     state = {"applied_steps": optimizer.applied_steps}
     folder = root / f"{precision}-{place}"
-    pending = PendingCheckpoint(folder, optimizer, recipe, context, step=STEPS, state=state, tokenizer_fingerprint="t")
+    pending = PendingCheckpoint(folder, optimizer, recipe, parallel, step=STEPS, state=state, tokenizer_fingerprint="t")
     result = train_step(
         model,
         optimizer,
-        own_rows(recipe, context, STEPS),
+        own_rows(recipe, parallel, STEPS),
         recipe,
-        context,
+        parallel,
         step=STEPS,
         lr=1e-3,
         before_update=lambda: said.append(pending.finish()),
@@ -88,47 +88,47 @@ def train_and_save(root: Path, precision: str, place: str, context) -> list[floa
     return [result.loss, result.grad_norm]
 
 
-def load_and_save(root: Path, precision: str, source: str, place: str, context) -> list[float]:
+def load_and_save(root: Path, precision: str, source: str, place: str, parallel) -> list[float]:
     """[loss, gradient norm] of the step that follows the load."""
     recipe = recipe_of(precision, place)
     with changed_deepspeed(small_buckets):
-        model, optimizer = build(recipe, context)
-    checkpoint, rejected = newest_valid(root / f"{precision}-{source}", context)
+        model, optimizer = build(recipe, parallel)
+    checkpoint, rejected = newest_valid(root / f"{precision}-{source}", parallel)
     assert rejected == []
     state = checkpoint.content.state
     load_into(checkpoint, optimizer, applied_steps=state["applied_steps"])
     folder = root / f"{precision}-{source}-to-{place}"
-    problem = save_checkpoint(folder, optimizer, recipe, context, step=STEPS, state=state, tokenizer_fingerprint="t")
+    problem = save_checkpoint(folder, optimizer, recipe, parallel, step=STEPS, state=state, tokenizer_fingerprint="t")
     assert problem is None, problem
-    [result] = take_steps(model, optimizer, recipe, context, STEPS, STEPS + 1)
+    [result] = take_steps(model, optimizer, recipe, parallel, STEPS, STEPS + 1)
     return [result.loss, result.grad_norm]
 
 
-def visit(root: Path, place: str, context, results: dict) -> None:
+def visit(root: Path, place: str, parallel, results: dict) -> None:
     """Everything at one place that is possible by now and not done yet."""
     for precision in PRECISIONS:
         name = f"{precision}-{place}"
         if name not in results:
-            results[name] = train_and_save(root, precision, place, context)
+            results[name] = train_and_save(root, precision, place, parallel)
         for source, to in LOADS:
             name = f"{precision}-{source}-to-{place}"
             if to == place and name not in results and (root / f"{precision}-{source}").exists():
-                results[name] = load_and_save(root, precision, source, place, context)
+                results[name] = load_and_save(root, precision, source, place, parallel)
 
 
 def main() -> None:
     root = Path(sys.argv[1])
-    processes = parallel.world_size()
+    processes = world_size()
     file = root / f"{processes}.json"
     results = json.loads(file.read_text()) if file.exists() else {}
     places = [place for place, (count, _) in PLACES.items() if count == processes]
     for place in places + places[:1]:  # the first loads from the last
-        context = parallel.initialize(recipe_of("fp32", place))
-        visit(root, place, context, results)
+        parallel = initialize(recipe_of("fp32", place))
+        visit(root, place, parallel, results)
         parallel_state.destroy_model_parallel()  # the processes stay together and are cut anew
-    if context.is_writer:
+    if parallel.is_rank0:
         file.write_text(json.dumps(results))
-    parallel.finalize()
+    finalize()
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from ssa_megatron.checkpoint import writer
 from ssa_megatron.checkpoint.manifest import committed
 from ssa_megatron.checkpoint.reader import Checkpoint
 from ssa_megatron.checkpoint.writer import PendingCheckpoint, save_checkpoint
-from ssa_megatron.parallel import context as parallel
+from ssa_megatron.parallel.state import finalize, initialize
 from ssa_megatron.train.step import train_step
 from tests.ssa_megatron.support import build, own_rows, take_steps, tiny
 
@@ -24,20 +24,20 @@ STAGES = (1, 2, 3)
 
 
 class Run:
-    def __init__(self, folder: Path, stage: int, context):
-        self.folder, self.context = folder, context
+    def __init__(self, folder: Path, stage: int, parallel):
+        self.folder, self.parallel = folder, parallel
         self.recipe = tiny(zero__stage=stage, train__precision="bf16")
-        self.model, self.optimizer = build(self.recipe, context)
-        take_steps(self.model, self.optimizer, self.recipe, context, 0, 2)
+        self.model, self.optimizer = build(self.recipe, parallel)
+        take_steps(self.model, self.optimizer, self.recipe, parallel, 0, 2)
 
     def save(self, step: int, pending: bool):
         how = PendingCheckpoint if pending else save_checkpoint
         about = {"step": step, "state": {"step": step}, "tokenizer_fingerprint": "t"}
-        return how(self.folder, self.optimizer, self.recipe, self.context, **about)
+        return how(self.folder, self.optimizer, self.recipe, self.parallel, **about)
 
     def step(self, number: int, before_update) -> dict:
-        rows = own_rows(self.recipe, self.context, number)
-        arguments = (self.model, self.optimizer, rows, self.recipe, self.context)
+        rows = own_rows(self.recipe, self.parallel, number)
+        arguments = (self.model, self.optimizer, rows, self.recipe, self.parallel)
         return asdict(train_step(*arguments, step=number, lr=1e-3, before_update=before_update))
 
 
@@ -95,14 +95,17 @@ def full_disk(run: Run) -> dict:
 
 def main() -> None:
     folder = Path(sys.argv[1])
-    context = parallel.initialize(tiny())
+    parallel = initialize(tiny())
     found = {}
     for stage in STAGES:
-        run = Run(folder / str(stage), stage, context)
-        found[stage] = {"slow": context.gather(slow_disk(run)), "full": context.gather(full_disk(run))}
-    if context.is_writer:
+        run = Run(folder / str(stage), stage, parallel)
+        found[stage] = {
+            "slow": parallel.all_gather_object(slow_disk(run)),
+            "full": parallel.all_gather_object(full_disk(run)),
+        }
+    if parallel.is_rank0:
         (folder / "found.json").write_text(json.dumps(found))
-    parallel.finalize()
+    finalize()
 
 
 if __name__ == "__main__":

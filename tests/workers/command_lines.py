@@ -53,7 +53,11 @@ def run_case(arguments: list[str]) -> dict:
 def main() -> None:
     cases, out = map(Path, sys.argv[1:])
     os.environ["DS_ACCELERATOR"] = "cpu"
-    for module in ("pipelines.stream", "pipelines.preparation", "ssa_megatron.train.loop"):
+    for module in (
+        "ssa_pipelines.stream.train_stream",
+        "ssa_pipelines.shards.preparation",
+        "ssa_megatron.train.trainer",
+    ):
         importlib.import_module(module)  # here, so that no case has to
     out.write_text(json.dumps([run_case(arguments) for arguments in json.loads(cases.read_text())]))
 

@@ -18,26 +18,26 @@ from ssa_megatron.config import load_recipe
 def build_rank(recipe, world: int, rank: int) -> dict:
     from ssa_megatron.model.build import build_chunks
     from ssa_megatron.model.names import named_parameters
-    from ssa_megatron.parallel import context as parallel
+    from ssa_megatron.parallel.state import finalize, initialize
 
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
     dist.init_process_group("fake", rank=rank, world_size=world, store=FakeStore())
-    context = parallel.initialize(recipe)
+    parallel = initialize(recipe)
     with torch.device("meta"):
-        model = build_chunks(recipe, context)
+        model = build_chunks(recipe, parallel)
     assert all(p.is_meta for p in model.parameters())
-    blocks = [block for named in named_parameters(model, recipe, context) for block in named.blocks]
+    blocks = [block for named in named_parameters(model, recipe, parallel) for block in named.blocks]
     found = {
-        "tensor": context.tensor_rank,
-        "pipeline": context.pipeline_rank,
-        "context": context.context_rank,
-        "data": context.data_rank,
-        "shard_size": context.shard_size,
+        "tensor": parallel.tp_rank,
+        "pipeline": parallel.pp_rank,
+        "context": parallel.cp_rank,
+        "data": parallel.dp_rank,
+        "dp_cp_size": parallel.dp_cp_size,
         "layers": [layer.layer_number - 1 for chunk in model.chunks for layer in chunk.decoder.layers],
         "weights": sum(p.numel() * p.element_size() for p in model.parameters()),
         "blocks": sum(block.numel for block in blocks),
     }
-    parallel.finalize()
+    finalize()
     return found
 
 

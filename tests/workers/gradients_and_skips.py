@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from ssa_megatron.model.build import build_model
-from ssa_megatron.parallel import context as parallel
+from ssa_megatron.parallel.state import finalize, initialize
 from ssa_megatron.train.step import draw_batches, forward_backward, train_step
 from tests.ssa_megatron.support import build, global_batch, gradients_at_step, own_rows, tiny
 
@@ -35,17 +35,17 @@ SKIPS = [
 POISON = 52  # the last token id: `clean` never draws it
 
 
-def fp64_sums(recipe, context, count: int, counted: float) -> list[torch.Tensor]:
+def fp64_sums(recipe, parallel, count: int, counted: float) -> list[torch.Tensor]:
     """Each parameter's gradient of the global batch: micro-batch gradients in the model's precision, summed in fp64."""
-    model = build_model(recipe, context)  # plain: no DeepSpeed, nothing accumulates
+    model = build_model(recipe, parallel)  # plain: no DeepSpeed, nothing accumulates
     model.train()
     sums = [torch.zeros(p.shape, dtype=torch.float64) for p in model.parameters()]
-    for batch in draw_batches(own_rows(recipe, context, 0), recipe, context, step=0, count=count):
-        forward_backward(model, [batch], recipe, context, counted=counted)
+    for batch in draw_batches(own_rows(recipe, parallel, 0), recipe, parallel, step=0, count=count):
+        forward_backward(model, [batch], recipe, parallel, counted=counted)
         for total, parameter in zip(sums, model.parameters(), strict=True):
             gradient = parameter.grad.double()
             if getattr(parameter, "sequence_parallel", False):  # each tensor-parallel rank saw its own tokens
-                dist.all_reduce(gradient, group=context.tensor_group)
+                dist.all_reduce(gradient, group=parallel.tp_group)
                 if (
                     recipe.zero.stage > 1
                 ):  # reduced at once, so each micro-batch's gradient is one of the model's precision
@@ -53,15 +53,15 @@ def fp64_sums(recipe, context, count: int, counted: float) -> list[torch.Tensor]
             total += gradient
             parameter.grad = None
     for total in sums:
-        dist.all_reduce(total, group=context.shard_group)
-        total /= context.shard_size
+        dist.all_reduce(total, group=parallel.dp_cp_group)
+        total /= parallel.dp_cp_size
     return sums
 
 
 SEQUENCE_PARALLEL = {"parallel__tensor": 2, "parallel__sequence": True, "train__sequence_length": 32}
 
 
-def gradients(precision: str, context, **overrides) -> dict:
+def gradients(precision: str, parallel, **overrides) -> dict:
     """Largest relative error over parameters of the gradient the inner optimizer sees, and whether working = masters."""
     recipe = tiny(
         train__precision=precision,
@@ -70,15 +70,15 @@ def gradients(precision: str, context, **overrides) -> dict:
         optimizer__clip_grad_norm=0,
         **overrides,
     )
-    count = 16 // context.data_size
-    batches = draw_batches(own_rows(recipe, context, 0), recipe, context, step=0, count=count)
-    counted = context.sum(sum(int(batch.counted.sum()) for batch in batches))
-    want = fp64_sums(recipe, context, count, counted)
+    count = 16 // parallel.dp_size
+    batches = draw_batches(own_rows(recipe, parallel, 0), recipe, parallel, step=0, count=count)
+    counted = parallel.all_reduce_sum(sum(int(batch.counted.sum()) for batch in batches))
+    want = fp64_sums(recipe, parallel, count, counted)
 
-    model, optimizer = build(recipe, context)
+    model, optimizer = build(recipe, parallel)
     model.train()
     before = [f.master.clone() for f in optimizer.fragments()]
-    forward_backward(model, batches, recipe, context, counted=counted, engine=optimizer.backward_engine)
+    forward_backward(model, batches, recipe, parallel, counted=counted, engine=optimizer.backward_engine)
     optimizer.finish_gradients()
     with gradients_at_step(optimizer) as found:
         norm, applied = optimizer.step(lr=1e-2)
@@ -95,14 +95,14 @@ def gradients(precision: str, context, **overrides) -> dict:
     working = all(torch.equal(f.working, f.master.to(f.working.dtype)) for f in optimizer.fragments())
     with gathered(list(model.parameters())):
         weights = torch.cat([p.detach().double().flatten() for p in model.parameters()])
-    copies = [torch.equal(weights, other) for other in context.gather(weights)]
+    copies = [torch.equal(weights, other) for other in parallel.all_gather_object(weights)]
     return {
-        "gradient": max(context.gather(max(errors))),
+        "gradient": max(parallel.all_gather_object(max(errors))),
         "norm": abs(norm - want_norm) / want_norm,
         "applied": applied,
-        "elements": sum(context.gather(elements)),
+        "elements": sum(parallel.all_gather_object(elements)),
         "parameters": sum(w.numel() for w in want),
-        "working equals masters": all(context.gather(working)),
+        "working equals masters": all(parallel.all_gather_object(working)),
         "equal on all ranks": all(copies),
         "moved": all(not torch.equal(f.master, old) for f, old in zip(optimizer.fragments(), before, strict=True)),
     }
@@ -115,29 +115,29 @@ def gathered(parameters, **how):
     return deepspeed.zero.GatheredParameters(parameters, **how)
 
 
-def clean(recipe, context, step: int) -> list:
+def clean(recipe, parallel, step: int) -> list:
     rows = global_batch(recipe, step)
     for row in rows:
         row.tokens[row.tokens == POISON] = 0
     return rows
 
 
-def skips(precision: str, kind: str, context, **overrides) -> dict:
+def skips(precision: str, kind: str, parallel, **overrides) -> dict:
     """Steps 0, bad, 1 against steps 0, 1: `kind` loss poisons an embedding row only the last rank reads, gradient a gradient."""
     recipe = tiny(train__precision=precision, model__tied_embeddings=False, **overrides)
-    last = context.rank == context.world - 1
+    last = parallel.rank == parallel.world_size - 1
 
     def step(model, optimizer, number: int, rows) -> dict:
-        own = iter(rows[context.data_rank :: context.data_size])
-        return asdict(train_step(model, optimizer, own, recipe, context, step=number, lr=1e-2))
+        own = iter(rows[parallel.dp_rank :: parallel.dp_size])
+        return asdict(train_step(model, optimizer, own, recipe, parallel, step=number, lr=1e-2))
 
     def state(optimizer) -> list[torch.Tensor]:
         return [t.clone() for f in optimizer.fragments() for t in (f.working, f.master, f.exp_avg, f.exp_avg_sq)]
 
-    model, optimizer = build(recipe, context)
-    first = step(model, optimizer, 0, clean(recipe, context, 0))
+    model, optimizer = build(recipe, parallel)
+    first = step(model, optimizer, 0, clean(recipe, parallel, 0))
     before, adam = state(optimizer), optimizer.applied_steps
-    rows = clean(recipe, context, 7)
+    rows = clean(recipe, parallel, 7)
     embedding = model.chunks[0].embedding.word_embeddings.weight
     if kind == "loss":
         rows[-1].tokens[0, 5] = POISON  # the last micro-batch: the last data-parallel rank's
@@ -153,45 +153,47 @@ def skips(precision: str, kind: str, context, **overrides) -> dict:
         hook.remove()
     unchanged = all(torch.equal(a, b) for a, b in zip(state(optimizer), before, strict=True))
     unchanged = unchanged and optimizer.applied_steps == adam
-    after = step(model, optimizer, 1, clean(recipe, context, 1))
+    after = step(model, optimizer, 1, clean(recipe, parallel, 1))
 
-    other_model, other = build(recipe, context)
-    same = step(other_model, other, 0, clean(recipe, context, 0)) == first
-    expected = step(other_model, other, 1, clean(recipe, context, 1))
+    other_model, other = build(recipe, parallel)
+    same = step(other_model, other, 0, clean(recipe, parallel, 0)) == first
+    expected = step(other_model, other, 1, clean(recipe, parallel, 1))
     equal = all(torch.equal(a, b) for a, b in zip(state(optimizer), state(other), strict=True))
     return {
         "first": first,
-        "bad": context.gather({key: str(value) for key, value in bad.items()}),
-        "unchanged": all(context.gather(unchanged)),
-        "goes on as if it had not been": all(context.gather(same and equal and after == expected and after["applied"])),
+        "bad": parallel.all_gather_object({key: str(value) for key, value in bad.items()}),
+        "unchanged": all(parallel.all_gather_object(unchanged)),
+        "goes on as if it had not been": all(
+            parallel.all_gather_object(same and equal and after == expected and after["applied"])
+        ),
     }
 
 
-def measure(context) -> dict:
+def measure(parallel) -> dict:
     found = {}
     for zero, overrides in ZERO.items():
         for precision in ("bf16", "fp32"):
-            found[f"gradients {precision} {zero}"] = gradients(precision, context, **overrides)
+            found[f"gradients {precision} {zero}"] = gradients(precision, parallel, **overrides)
     for zero, precision in SKIPS:
         for kind in ("loss", "gradient"):
-            found[f"skip {kind} {precision} {zero}"] = skips(precision, kind, context, **ZERO[zero])
+            found[f"skip {kind} {precision} {zero}"] = skips(precision, kind, parallel, **ZERO[zero])
     return found
 
 
 def main() -> None:
     if sys.argv[2:] == ["tensor"]:
-        context = parallel.initialize(tiny(**SEQUENCE_PARALLEL))
+        parallel = initialize(tiny(**SEQUENCE_PARALLEL))
         found = {
-            f"{precision} {zero}": gradients(precision, context, **SEQUENCE_PARALLEL, **overrides)
+            f"{precision} {zero}": gradients(precision, parallel, **SEQUENCE_PARALLEL, **overrides)
             for zero, overrides in ZERO.items()
             for precision in ("bf16", "fp32")
         }
     else:
-        context = parallel.initialize(tiny())
-        found = measure(context)
-    if context.is_writer:
+        parallel = initialize(tiny())
+        found = measure(parallel)
+    if parallel.is_rank0:
         Path(sys.argv[1]).write_text(json.dumps(found))
-    parallel.finalize()
+    finalize()
 
 
 if __name__ == "__main__":

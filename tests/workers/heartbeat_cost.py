@@ -11,7 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from ssa_megatron.config.sections import Watchdog
-from ssa_megatron.train import beats
+from ssa_megatron.train import heartbeat_file as beats
 from ssa_megatron.train.heartbeat import Heartbeat
 from ssa_megatron.train.signals import StopRequest
 
@@ -27,10 +27,10 @@ def main() -> None:
     ranks = int(sys.argv[1]) if len(sys.argv) > 1 else 1024
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder)
-        alone = {"world": ranks, "on_writer": lambda action: action()}
-        watcher = Heartbeat(run, SimpleNamespace(rank=0, is_writer=True, **alone), StopRequest(), Watchdog())
+        alone = {"world": ranks, "run_on_rank0": lambda action: action()}
+        watcher = Heartbeat(run, SimpleNamespace(rank=0, is_rank0=True, **alone), StopRequest(), Watchdog())
         others = [
-            Heartbeat(run, SimpleNamespace(rank=rank, is_writer=False, world=ranks, on_writer=lambda _: watcher._start),
+            Heartbeat(run, SimpleNamespace(rank=rank, is_rank0=False, world=ranks, run_on_rank0=lambda _: watcher._start),
                       StopRequest(), Watchdog())
             for rank in range(1, ranks)
         ]  # fmt: skip

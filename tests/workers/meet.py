@@ -2,7 +2,7 @@
 
 from ssa_megatron.errors import SSAError
 from ssa_megatron.failure import fail
-from ssa_megatron.parallel import context as parallel
+from ssa_megatron.parallel import state as parallel
 from tests.ssa_megatron.support import tiny
 
 if __name__ == "__main__":

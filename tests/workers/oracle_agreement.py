@@ -13,7 +13,7 @@ import torch
 from ssa_megatron.config import resolve
 from ssa_megatron.model.build import build_model
 from ssa_megatron.model.names import named_parameters
-from ssa_megatron.parallel import context as parallel
+from ssa_megatron.parallel.state import finalize, initialize
 from ssa_megatron.train.step import draw_batches, forward_backward, reduce_losses
 from ssa_megatron.zero.optimizer import ShardedOptimizer
 from tests.oracle.model import OracleConfig, losses, random_weights
@@ -55,8 +55,8 @@ def case_recipe(kind: str, tied: bool, overrides: dict):
     return resolve(recipe, origin="test")
 
 
-def set_weights(model, recipe, context, weights) -> None:
-    for named in named_parameters(model, recipe, context):
+def set_weights(model, recipe, parallel, weights) -> None:
+    for named in named_parameters(model, recipe, parallel):
         flat = named.parameter.data.view(-1)
         for block in named.blocks:
             part = weights[block.name][tuple(slice(o, o + n) for o, n in zip(block.offset, block.shape, strict=True))]
@@ -81,7 +81,7 @@ def oracle_values(config, weights, tokens, starts, trunks, alignment_weight):
     )
 
 
-def run_case(kind: str, trunk: str, tied: bool, overrides: dict, context) -> dict:
+def run_case(kind: str, trunk: str, tied: bool, overrides: dict, parallel) -> dict:
     recipe = case_recipe(
         kind, tied, {**overrides, "attention.sparse_probability": {"full": 0.0, "sparse": 1.0}.get(trunk, 0.5)}
     )
@@ -95,24 +95,26 @@ def run_case(kind: str, trunk: str, tied: bool, overrides: dict, context) -> dic
     weights = random_weights(config, seed=3, std=0.2, dtype=torch.float64)  # large enough that routing has no near-ties
     weights = {name: w.float().double() for name, w in weights.items()}
     tokens, starts = data(m.vocab_size, recipe.train.sequence_length)
-    model = build_model(recipe, context)
-    set_weights(model, recipe, context, weights)
-    optimizer = ShardedOptimizer(model, recipe, context)
-    count = recipe.train.global_batch_rows // (2 * context.data_size)
+    model = build_model(recipe, parallel)
+    set_weights(model, recipe, parallel, weights)
+    optimizer = ShardedOptimizer(model, recipe, parallel)
+    count = recipe.train.global_batch_rows // (2 * parallel.dp_size)
     mine = [Rows(tokens[2 * g : 2 * g + 2], starts[2 * g : 2 * g + 2])
-            for g in range(context.data_rank, 2, context.data_size)]  # fmt: skip
-    batches = draw_batches(iter(mine), recipe, context, step=0, count=count)
+            for g in range(parallel.dp_rank, 2, parallel.dp_size)]  # fmt: skip
+    batches = draw_batches(iter(mine), recipe, parallel, step=0, count=count)
     trunks = [None, None]
-    for own in context.gather([(i * context.data_size + context.data_rank, b.trunk) for i, b in enumerate(batches)]):
+    for own in parallel.all_gather_object(
+        [(i * parallel.dp_size + parallel.dp_rank, b.trunk) for i, b in enumerate(batches)]
+    ):
         for number, drawn in own:
             trunks[number] = drawn
-    counted = context.sum(sum(int(b.counted.sum()) for b in batches))
-    ce = forward_backward(model, batches, recipe, context, counted=counted, engine=optimizer.backward_engine)
-    loss, alignment, _ = reduce_losses(ce, batches, recipe, context, counted=counted)
+    counted = parallel.all_reduce_sum(sum(int(b.counted.sum()) for b in batches))
+    ce = forward_backward(model, batches, recipe, parallel, counted=counted, engine=optimizer.backward_engine)
+    loss, alignment, _ = reduce_losses(ce, batches, recipe, parallel, counted=counted)
     optimizer.finish_gradients()
     with gradients_at_step(optimizer) as at_step:
         norm, _ = optimizer.step(lr=1e-3)
-    gradients = global_tensors(at_step, recipe, context)
+    gradients = global_tensors(at_step, recipe, parallel)
 
     want_ce, want_alignment, want = oracle_values(config, weights, tokens, starts, trunks, a.alignment_weight)
     errors = {name: float((gradients[name].double() - g).norm() / g.norm()) for name, g in want.items()}
@@ -140,11 +142,11 @@ def main() -> None:
         ("ssa", "drawn", False),
         ("nsa", "full", False),
     ]
-    context = parallel.initialize(case_recipe("ssa", True, overrides))
-    results = [run_case(*case, overrides, context) for case in cases]
-    if context.is_writer:
+    parallel = initialize(case_recipe("ssa", True, overrides))
+    results = [run_case(*case, overrides, parallel) for case in cases]
+    if parallel.is_rank0:
         Path(out).write_text(json.dumps(results))
-    parallel.finalize()
+    finalize()
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import torch
 from ssa_megatron.model.build import build_model
 from ssa_megatron.model.names import named_parameters
 from ssa_megatron.model.shapes import global_shapes
-from ssa_megatron.parallel import context as parallel
+from ssa_megatron.parallel.state import finalize, initialize
 from tests.ssa_megatron.support import tiny
 
 CASES = {
@@ -28,21 +28,21 @@ CASES = {
 }  # fmt: skip
 
 
-def describe(case: str, context) -> dict:
-    recipe = tiny(**CASES[case], parallel__tensor=context.tensor_size)
-    model = build_model(recipe, context)
+def describe(case: str, parallel) -> dict:
+    recipe = tiny(**CASES[case], parallel__tensor=parallel.tp_size)
+    model = build_model(recipe, parallel)
     parameters, parts = [], []
-    for named in named_parameters(model, recipe, context):
+    for named in named_parameters(model, recipe, parallel):
         blocks = [[b.name, list(b.global_shape), list(b.offset), list(b.shape), b.start] for b in named.blocks]
         parameters.append({"numel": named.parameter.numel(), "replicated": named.replicated, "blocks": blocks})
         flat = named.parameter.detach().view(-1)
         for b in named.blocks:
             parts.append((b.name, b.offset, flat[b.start : b.start + b.numel].view(b.shape)))
     whole = {name: torch.full(shape, torch.nan) for name, shape in global_shapes(recipe).items()}
-    for name, offset, part in (piece for own in context.gather(parts) for piece in own):
+    for name, offset, part in (piece for own in parallel.all_gather_object(parts) for piece in own):
         whole[name][tuple(slice(o, o + n) for o, n in zip(offset, part.shape, strict=True))] = part
     return {
-        "ranks": context.gather(parameters),
+        "ranks": parallel.all_gather_object(parameters),
         "count": sum(p.numel() for p in model.parameters()),
         "sha256": {name: hashlib.sha256(t.numpy().tobytes()).hexdigest() for name, t in whole.items()},
     }
@@ -50,11 +50,11 @@ def describe(case: str, context) -> dict:
 
 def main() -> None:
     out, tensor = sys.argv[1:]
-    context = parallel.initialize(tiny(parallel__tensor=int(tensor)))
-    found = {case: describe(case, context) for case in CASES}
-    if context.is_writer:
+    parallel = initialize(tiny(parallel__tensor=int(tensor)))
+    found = {case: describe(case, parallel) for case in CASES}
+    if parallel.is_rank0:
         Path(out).write_text(json.dumps(found))
-    parallel.finalize()
+    finalize()
 
 
 if __name__ == "__main__":

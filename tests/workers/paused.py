@@ -12,9 +12,9 @@ from pathlib import Path
 PHASES = {
     "libraries": ("ssa_megatron.config", "load_recipe"),
     "meeting": ("torch.distributed", "init_process_group"),
-    "build": ("ssa_megatron.train.loop", "build_model"),
-    "restore": ("ssa_megatron.train.loop", "newest_valid"),
-    "data": ("pipelines.stream", "_collate"),
+    "build": ("ssa_megatron.train.trainer", "build_model"),
+    "restore": ("ssa_megatron.train.trainer", "newest_valid"),
+    "data": ("ssa_pipelines.stream.train_stream", "_collate"),
     "step": ("ssa_megatron.train.step", "forward_backward"),
     "evaluation": ("ssa_megatron.train.evaluation", "evaluation_rows"),
     "save": ("ssa_megatron.checkpoint.writer", "write_safetensors"),

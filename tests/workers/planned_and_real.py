@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ssa_megatron.parallel import context as parallel
+from ssa_megatron.parallel.state import finalize, initialize
 from tests.ssa_megatron.support import build, take_steps, tiny
 
 OPERATIONS = {
@@ -45,12 +45,12 @@ def storages(tensors) -> int:
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.numel()}.values())
 
 
-def steps(overrides: dict, context) -> dict:
+def steps(overrides: dict, parallel) -> dict:
     recipe = tiny(**overrides)
-    model, optimizer = build(recipe, context)
-    take_steps(model, optimizer, recipe, context, 0, 1)
+    model, optimizer = build(recipe, parallel)
+    take_steps(model, optimizer, recipe, parallel, 0, 1)
     with Payloads() as payloads:
-        take_steps(model, optimizer, recipe, context, 1, 2)
+        take_steps(model, optimizer, recipe, parallel, 1, 2)
     inner = optimizer.engine.optimizer.optimizer
     masters = list(inner.state)
     moments = [inner.state[flat][name] for flat in masters for name in ("exp_avg", "exp_avg_sq")]
@@ -68,10 +68,10 @@ def steps(overrides: dict, context) -> dict:
 
 def main() -> None:
     out, rows = Path(sys.argv[1]), json.loads(sys.argv[2])
-    context = parallel.initialize(tiny(**rows[0]))
-    found = [steps(overrides, context) for overrides in rows]
-    (out / f"rank-{context.rank}.json").write_text(json.dumps(found))
-    parallel.finalize()
+    parallel = initialize(tiny(**rows[0]))
+    found = [steps(overrides, parallel) for overrides in rows]
+    (out / f"rank-{parallel.rank}.json").write_text(json.dumps(found))
+    finalize()
 
 
 if __name__ == "__main__":

@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
-from kernels import api
+from ssa_kernels import api
 from ssa_megatron.model.build import build_model
-from ssa_megatron.parallel import context as parallel
+from ssa_megatron.parallel.state import finalize, initialize
 from ssa_megatron.train.step import draw_batches
 from tests.ssa_megatron.support import Rows, tiny
 
@@ -49,14 +49,14 @@ def recipe_of(kind: str, recompute: str, rows: int, precision: str, layers: int)
     )
 
 
-def kept(recipe, context) -> int:
+def kept(recipe, parallel) -> int:
     """Bytes of the distinct storages autograd saves in a forward of one micro-batch of documents, weights aside."""
-    model = build_model(recipe, context)
+    model = build_model(recipe, parallel)
     model.train()
     shape = (recipe.train.micro_batch_rows, ROW)
     starts = (torch.arange(ROW, dtype=torch.int32) // DOCUMENT * DOCUMENT).expand(shape).contiguous()
     [batch] = draw_batches(
-        iter([Rows(torch.zeros(shape, dtype=torch.int64), starts)]), recipe, context, step=0, count=1
+        iter([Rows(torch.zeros(shape, dtype=torch.int64), starts)]), recipe, parallel, step=0, count=1
     )
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     found, alive = {}, []
@@ -75,13 +75,13 @@ def kept(recipe, context) -> int:
 
 
 def main() -> None:
-    context = parallel.initialize(tiny())
+    parallel = initialize(tiny())
     results = []
     for case in CASES:
-        one, two = (kept(recipe_of(*case, layers), context) for layers in (1, 2))
+        one, two = (kept(recipe_of(*case, layers), parallel) for layers in (1, 2))
         results.append({"layer": two - one, "rest": 2 * one - two})
     Path(sys.argv[1]).write_text(json.dumps(results))
-    parallel.finalize()
+    finalize()
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import torch
 from megatron.core import parallel_state
 
 from ssa_megatron.config import Recipe, resolve
-from ssa_megatron.parallel import context as parallel
+from ssa_megatron.parallel.state import finalize, initialize, world_size
 from ssa_megatron.parallel.topology import micro_batches
 from ssa_megatron.train.step import draw_batches, forward_backward, reduce_losses
 from tests.ssa_megatron.support import (
@@ -74,30 +74,30 @@ def key(case: dict) -> str:
     return hashlib.sha256(recipe_of(case, alone=True).model_dump_json().encode()).hexdigest()[:16]
 
 
-def run_case(recipe: Recipe, context, trap: str | None = None) -> dict:
+def run_case(recipe: Recipe, parallel, trap: str | None = None) -> dict:
     """Losses and norms of the steps, gradients of the first at the optimizer's step, masters after the last."""
     before, after = SPRINGS[trap] if trap else (nullcontext, lambda *_: None)
     with changed_deepspeed(small_buckets), before():
-        model, optimizer = build(recipe, context)
+        model, optimizer = build(recipe, parallel)
     after(model if isinstance(model, list) else [model], optimizer)
-    count = micro_batches(recipe, context.world)
+    count = micro_batches(recipe, parallel.world_size)
     results = {"losses": [], "alignments": [], "norms": []}
     for step in range(STEPS):
-        batches = draw_batches(own_rows(recipe, context, step), recipe, context, step=step, count=count)
-        counted = context.sum(sum(int(batch.counted.sum()) for batch in batches))
-        ce = forward_backward(model, batches, recipe, context, counted=counted, engine=optimizer.backward_engine)
-        loss, alignment, _ = reduce_losses(ce, batches, recipe, context, counted=counted)
+        batches = draw_batches(own_rows(recipe, parallel, step), recipe, parallel, step=step, count=count)
+        counted = parallel.all_reduce_sum(sum(int(batch.counted.sum()) for batch in batches))
+        ce = forward_backward(model, batches, recipe, parallel, counted=counted, engine=optimizer.backward_engine)
+        loss, alignment, _ = reduce_losses(ce, batches, recipe, parallel, counted=counted)
         optimizer.finish_gradients()
         with gradients_at_step(optimizer) as at_step:
             norm, applied = optimizer.step(1e-3)
         if step == 0:
-            results["gradients"] = global_tensors(at_step, recipe, context)
+            results["gradients"] = global_tensors(at_step, recipe, parallel)
         assert applied
         results["losses"].append(loss)
         results["alignments"].append(alignment)
         results["norms"].append(norm)
     masters = ((fragment, fragment.master) for fragment in optimizer.fragments())
-    results["parameters"] = global_tensors(masters, recipe, context)
+    results["parameters"] = global_tensors(masters, recipe, parallel)
     return results
 
 
@@ -126,8 +126,8 @@ def errors(found: dict, reference: dict) -> dict:
 
 def main() -> None:
     folder, cases = Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text())
-    alone, results = parallel.world_size() == 1, {}
-    context, layout = None, None
+    alone, results = world_size() == 1, {}
+    parallel, layout = None, None
     for case in sorted(cases, key=lambda case: str(recipe_of(case).parallel)):  # groups are never given back: few cuts
         path = folder / f"{key(case)}.pt"
         if alone and path.exists():
@@ -139,12 +139,12 @@ def main() -> None:
                 f"{time.monotonic():.0f} {case['name']}", flush=True
             )  # the last one is the culprit when time runs out
         if layout != recipe.parallel:
-            if context is not None:
+            if parallel is not None:
                 parallel_state.destroy_model_parallel()  # the processes stay together and are cut anew
-            context, layout = parallel.initialize(recipe), recipe.parallel
+            parallel, layout = initialize(recipe), recipe.parallel
         trap = None if alone else case.get("trap")
         try:
-            found = run_case(recipe, context, trap)
+            found = run_case(recipe, parallel, trap)
         except Exception as error:
             if trap is None:
                 raise
@@ -155,9 +155,9 @@ def main() -> None:
         else:
             reference = torch.load(path, weights_only=True)
             results[case["name"]] = {**errors(found, reference), "seconds": round(time.monotonic() - began, 1)}
-    if not alone and context.is_writer:
+    if not alone and parallel.is_rank0:
         Path(f"{sys.argv[2]}.out").write_text(json.dumps(results))
-    parallel.finalize()
+    finalize()
 
 
 if __name__ == "__main__":

@@ -13,8 +13,8 @@ from megatron.core import parallel_state
 from ssa_megatron.checkpoint.reader import Checkpoint, load_into, newest_valid
 from ssa_megatron.checkpoint.writer import save_checkpoint
 from ssa_megatron.config import resolve
-from ssa_megatron.parallel import context as parallel
-from ssa_megatron.train.loop import Progress
+from ssa_megatron.parallel.state import finalize, initialize, world_size
+from ssa_megatron.train.trainer import Progress
 from tests.ssa_megatron.support import build
 
 PLACES = {
@@ -28,24 +28,24 @@ PLACES = {
 
 
 def main() -> None:
-    root, processes = Path(sys.argv[1]), parallel.world_size()
+    root, processes = Path(sys.argv[1]), world_size()
     for place, (count, cut) in PLACES.items():
         if count != processes:
             continue
         start, run = root / "start", root / place
         recipe = resolve({**Checkpoint.open(start).recipe, "parallel": cut}, origin="test")
-        context = parallel.initialize(recipe)
-        checkpoint, _ = newest_valid(start, context)
-        _, optimizer = build(recipe, context)
+        parallel = initialize(recipe)
+        checkpoint, _ = newest_valid(start, parallel)
+        _, optimizer = build(recipe, parallel)
         load_into(checkpoint, optimizer, applied_steps=0)
         about = {"step": 9, "state": asdict(Progress(step=9))}
         about["tokenizer_fingerprint"] = checkpoint.content.tokenizer_fingerprint
-        problem = save_checkpoint(run, optimizer, recipe, context, **about)
+        problem = save_checkpoint(run, optimizer, recipe, parallel, **about)
         assert problem is None, problem
-        if context.is_writer:
+        if parallel.is_rank0:
             shutil.copyfile(start / "tokenizer.model", run / "tokenizer.model")
         parallel_state.destroy_model_parallel()  # the processes stay together and are cut anew
-    parallel.finalize()
+    finalize()
 
 
 if __name__ == "__main__":

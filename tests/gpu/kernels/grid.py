@@ -5,8 +5,9 @@ Importable by the processes that compile its kernels before the tests begin (`co
 
 import torch
 
-import kernels
-from kernels import BlockSpec, accuracy, masked
+import ssa_kernels
+from ssa_kernels import BlockSpec
+from ssa_kernels.reference import accuracy, masked
 
 from ...kernels.support import documents, inputs, places
 
@@ -64,11 +65,11 @@ def call(name, leaves, spec, options, blocks, trunk="full"):
     q, k, v, gate = leaves
     options = {**options, "backend": "triton"}
     if name == "ssa":
-        return kernels.ssa_attention(q, k, v, gate, spec, trunk=trunk, **options)
+        return ssa_kernels.ssa_attention(q, k, v, gate, spec, trunk=trunk, **options)
     if name == "sparse":
-        return kernels.sparse_attention(q, k, v, spec, blocks=blocks, **options)
+        return ssa_kernels.sparse_attention(q, k, v, spec, blocks=blocks, **options)
     extra = {"full": (), "window": (WIDTH,), "compressed": (spec,)}[name]
-    return getattr(kernels, f"{name}_attention")(q, k, v, *extra, **options)
+    return getattr(ssa_kernels, f"{name}_attention")(q, k, v, *extra, **options)
 
 
 def loss_weight(upstream) -> float:
@@ -77,7 +78,7 @@ def loss_weight(upstream) -> float:
 
 def run(leaves, upstream, spec, options, names, trunk="full"):
     """(blocks, {stream: (outputs, gradients)}) of our kernels."""
-    blocks = kernels.select_blocks(*leaves[:2], spec, **options, backend="triton")
+    blocks = ssa_kernels.select_blocks(*leaves[:2], spec, **options, backend="triton")
     weight = loss_weight(upstream)
     return blocks, {
         name: masked.results(

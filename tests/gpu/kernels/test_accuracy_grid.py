@@ -1,13 +1,14 @@
 """The Triton kernels against fp64 on the GPU, over the grid of the proof (`grid.py`), outputs and every gradient.
 
-The judge is `kernels.accuracy`: norms of 5e-3 and 1e-2, largest errors of 2 and 3 times PyTorch's own in half precision; 2e-5 in
+The judge is `ssa_kernels.reference.accuracy`: norms of 5e-3 and 1e-2, largest errors of 2 and 3 times
+PyTorch's own in half precision; 2e-5 in
 fp32; selections equal to fp64's except where scores tie. Outputs start as NaN.
 """
 
 import pytest
 import torch
 
-from kernels import accuracy, masked
+from ssa_kernels.reference import accuracy, masked
 
 from .grid import CASES, GRID, WIDTH, build, check_selection, loss_weight, run, streams
 

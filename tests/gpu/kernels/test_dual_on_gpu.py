@@ -6,7 +6,7 @@ The rule that chooses this pass by length is put aside here; the grid, where it 
 import pytest
 import torch
 
-from kernels import triton_backend
+from ssa_kernels.triton import backend as triton_backend
 
 from .grid import build
 from .test_accuracy_grid import check

@@ -1,14 +1,15 @@
 """Cached attention on the GPU against fp64 attention over the whole sequence, row by row.
 
-Tolerances as everywhere (`kernels.accuracy`): output norms within 5e-3 in half precision and 2e-5 in fp32; selections are
+Tolerances as everywhere (`ssa_kernels.reference.accuracy`):
+output norms within 5e-3 in half precision and 2e-5 in fp32; selections are
 fp64's except where scores tie within 1e-5. Caches start as NaN.
 """
 
 import pytest
 import torch
 
-import kernels
-from kernels import BlockSpec, cached_attention, cached_blocks
+import ssa_kernels
+from ssa_kernels import BlockSpec, cached_attention, cached_blocks
 
 from ...kernels.cached import fill, make_cache, sequences, step
 from ...kernels.support import relative_error
@@ -55,8 +56,8 @@ def truth(x, tokens, spec, mode, blocks):
     index = torch.arange(k.shape[1] - tokens, k.shape[1], dtype=torch.int32, device="cuda")
     options = {"query_index": index, "backend": "torch"}
     if mode == "full":
-        return kernels.full_attention(q[:, -tokens:], k, v, **options)
-    return kernels.sparse_attention(q[:, -tokens:], k, v, spec, blocks=blocks, **options)
+        return ssa_kernels.full_attention(q[:, -tokens:], k, v, **options)
+    return ssa_kernels.sparse_attention(q[:, -tokens:], k, v, spec, blocks=blocks, **options)
 
 
 @pytest.mark.parametrize("paged", [False, True], ids=["contiguous", "paged"])
@@ -120,7 +121,7 @@ def test_chunked_prefill_matches_fp64(mode, paged):
             if c:
                 x = [y[:, : cache.host_lengths[b]] for y in data[b]]
                 index = torch.arange(cache.host_lengths[b] - c, cache.host_lengths[b], dtype=torch.int32, device="cuda")
-                blocks = kernels.select_blocks(x[0][:, -c:], x[1], spec, query_index=index)
+                blocks = ssa_kernels.select_blocks(x[0][:, -c:], x[1], spec, query_index=index)
                 expected = truth(x, c, spec, mode, blocks)
                 assert relative_error(out[b : b + 1, out.shape[1] - c :], expected) <= 5e-3
 

@@ -1,13 +1,15 @@
 """What must hold bit for bit, or at sizes no reference covers: repeatability, no leaks, equal streams, 64-bit offsets.
 
-Exact comparisons; the few that are not judge by `kernels.accuracy`.
+Exact comparisons; the few that are not judge by `ssa_kernels.reference.accuracy`.
 """
 
 import pytest
 import torch
 
-import kernels
-from kernels import BlockSpec, accuracy, masked, triton_gate
+import ssa_kernels
+from ssa_kernels import BlockSpec
+from ssa_kernels.reference import accuracy, masked
+from ssa_kernels.triton import gate as triton_gate
 
 from ...kernels.support import documents, relative_error
 from .grid import CASES, build, call, check_selection, loss_weight, run
@@ -70,7 +72,7 @@ def test_no_gradient_crosses_a_document():
     alone = [x.detach()[:, :320].contiguous().requires_grad_() for x in leaves[:3]]
     results = []
     for x, doc, up in ((leaves[:3], docs, upstream), (alone, docs[:, :320], upstream[:, :320])):
-        out = kernels.full_attention(*x, doc_starts=doc.contiguous(), backend="triton")
+        out = ssa_kernels.full_attention(*x, doc_starts=doc.contiguous(), backend="triton")
         grads = torch.autograd.grad(out, x, up.contiguous())
         results.append([y[:, :320] for y in (out, *grads)])
     for a, b in zip(*results, strict=True):
@@ -92,7 +94,7 @@ def test_zero_trunk_gradient_sends_opposite_gradients_to_the_streams():
     leaves, upstream, spec, options = build(PLAIN, torch.float32)
     full, sparse = (
         function(*leaves[:3], *extra, **options).detach()
-        for function, extra in ((kernels.full_attention, ()), (kernels.sparse_attention, (spec,)))
+        for function, extra in ((ssa_kernels.full_attention, ()), (ssa_kernels.sparse_attention, (spec,)))
     )
     nothing, one = torch.zeros_like(upstream), torch.ones((), device="cuda")
     for trunk in ("full", "sparse"):
@@ -102,16 +104,16 @@ def test_zero_trunk_gradient_sends_opposite_gradients_to_the_streams():
         assert torch.equal(do_full, -do_sparse)
         assert do_full.any()
     # v enters both streams linearly and a softmax row sums to one, so opposite dO cancel in the sum of dv over all keys.
-    loss = kernels.ssa_attention(*leaves, spec, trunk="full", **options)[1]
+    loss = ssa_kernels.ssa_attention(*leaves, spec, trunk="full", **options)[1]
     dv = torch.autograd.grad(loss * loss_weight(upstream), leaves)[2]
     assert dv.sum(1).abs().max() < 1e-4 * dv.abs().sum(1).max()
 
 
 def test_statistics_match_fp64():
     leaves, _, spec, options = build((1000, 32, 2, 64, 16, 8, 300, 0), torch.bfloat16)
-    ours = kernels.attention_statistics(*leaves[:2], spec, **options)
+    ours = ssa_kernels.attention_statistics(*leaves[:2], spec, **options)
     exact = [x.detach().double() for x in leaves[:2]]
-    truth = kernels.attention_statistics(*exact, spec, **options, backend="torch")
+    truth = ssa_kernels.attention_statistics(*exact, spec, **options, backend="torch")
     assert all(relative_error(a, b) < 1e-4 for a, b in zip(ours, truth, strict=True))
 
 
@@ -119,7 +121,7 @@ def test_the_authors_selection_is_the_authors():
     leaves, _, _, _ = build((1500, 32, 2, 64, 16, 16, 0, 0), torch.bfloat16)
     spec = BlockSpec(topk="authors")
     for docs in (None, documents(2, 1500, 600, seed=3).cuda()):
-        blocks = kernels.select_blocks(*leaves[:2], spec, doc_starts=docs, backend="triton")
+        blocks = ssa_kernels.select_blocks(*leaves[:2], spec, doc_starts=docs, backend="triton")
         check_selection(blocks, leaves, spec, {"doc_starts": docs, "query_index": None})
 
 
@@ -143,7 +145,7 @@ def test_more_than_two_to_the_31_elements():
     gate = torch.rand(batch, n, h_q, device="cuda", dtype=torch.bfloat16, generator=rng).requires_grad_()
     leaves, docs = [q, k, v, gate], torch.arange(n, device="cuda", dtype=torch.int32) // 2048 * 2048
     docs = docs.expand(batch, -1).contiguous()
-    blocks = kernels.select_blocks(q, k, spec, doc_starts=docs)
+    blocks = ssa_kernels.select_blocks(q, k, spec, doc_starts=docs)
     weight, tail = 0.1 * q.numel(), 64
     rows = torch.cat(
         [torch.randint(n - tail, (tail,), device="cuda", generator=rng), torch.arange(n - tail, n, device="cuda")]

@@ -6,8 +6,8 @@ Sets must be fp64's except where scores tie within 1e-5; equal scores go to the 
 import pytest
 import torch
 
-import kernels
-from kernels import BlockSpec
+import ssa_kernels
+from ssa_kernels import BlockSpec
 
 from ...kernels.support import assert_same_selection, documents, inputs, places
 
@@ -44,16 +44,16 @@ def build(case, dtype, sharpness=1.0):
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_selection_matches_fp64(case, dtype):
     q, k, spec, options = build(case, dtype)
-    blocks = kernels.select_blocks(q, k, spec, **options, backend="triton")
+    blocks = ssa_kernels.select_blocks(q, k, spec, **options, backend="triton")
     assert_same_selection(blocks, q, k, spec, **options)
-    assert torch.equal(blocks, kernels.select_blocks(q, k, spec, **options, backend="triton"))
+    assert torch.equal(blocks, ssa_kernels.select_blocks(q, k, spec, **options, backend="triton"))
 
 
 @pytest.mark.parametrize("heads", [(32, 2), (8, 8), (32, 8)], ids=str)
 @pytest.mark.parametrize("sharpness", [4.0, 16.0, 100.0])
 def test_sharp_logits(sharpness, heads):
     q, k, spec, options = build((3000, *heads, 64, 16, 16, 0, 500), torch.bfloat16, sharpness)
-    blocks = kernels.select_blocks(q, k, spec, **options, backend="triton")
+    blocks = ssa_kernels.select_blocks(q, k, spec, **options, backend="triton")
     assert_same_selection(blocks, q, k, spec, **options)
 
 
@@ -61,7 +61,7 @@ def test_sharp_logits(sharpness, heads):
 @pytest.mark.parametrize("count", [2, 16, 300])
 def test_equal_scores_go_to_the_lower_blocks(count, heads):
     q, k, spec, _ = build((6000, *heads, 64, 8, count, 0, 0), torch.bfloat16)
-    blocks = kernels.select_blocks(q, k[:, :1].expand_as(k), spec, backend="triton")
+    blocks = ssa_kernels.select_blocks(q, k[:, :1].expand_as(k), spec, backend="triton")
     own = torch.arange(6000, device="cuda", dtype=torch.int32)[:, None] // 8
     lowest = torch.arange(count - 1, device="cuda", dtype=torch.int32).expand(6000, -1)
     expected = torch.cat([own, torch.where(lowest < own, lowest, -1)], 1)

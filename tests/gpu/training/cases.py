@@ -5,7 +5,15 @@ The cases run side by side, each with its own reference: compiling, as quick for
 
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from tests.ssa_megatron.test_topologies_equal_one_process import BF16, ZERO_2, ZERO_3, compare, cut, judge, kind
+from tests.ssa_megatron.parallel.test_topologies_equal_one_process import (
+    BF16,
+    ZERO_2,
+    ZERO_3,
+    compare,
+    cut,
+    judge,
+    kind,
+)
 
 SHAPE = {  # a head the kernels' main tiles take, rows of several blocks
     "model.hidden_size": 128,

@@ -1,0 +1,294 @@
+"""Files of remote datasets, brought to a folder of this machine: checked, shared by its processes, and kept under a limit.
+
+A file is in the cache whole and with its sha256 right, or not at all. What may pass (a lost connection, a busy or stalled
+server, a garbled transfer) is tried again with growing pauses for as long as patience lasts (patience.py); what cannot (no
+such object, no access, wrong contents twice) is a ShardError at once. Nothing but files of ours is ever removed.
+"""
+
+import errno
+import fcntl
+import functools
+import os
+import random
+import tempfile
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import NamedTuple
+
+from ssa_pipelines.errors import DatasetError, ShardError
+from ssa_pipelines.storage import object_store as storage
+from ssa_pipelines.storage.integrity import check_bytes, check_sha256
+from ssa_pipelines.storage.prefetch import start
+from ssa_pipelines.storage.stall_timer import PATIENCE, Arrival, Patience
+
+_LOCKS = 64  # lock files in a cache folder; never removed, because a lock on a removed file keeps nobody out
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.25, 5.0  # seconds; no longer, since a pause may go on when the patience begins to run
+_OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS)
+_FOR_GOOD = {"403", "404", "AccessDenied", "NoSuchKey", "NoSuchBucket", "InvalidAccessKeyId", "SignatureDoesNotMatch"}
+
+
+class Access(NamedTuple):
+    """How a process reaches datasets that are not here.
+
+    cache: folder for their files, `~/.cache/ssa-megatron` by default; processes and jobs may share it.
+    cache_limit: bytes the shards in it may take, beside those just being fetched; None is no limit. The least recently
+        used go first.
+    patience: seconds of trouble with one file (no connection, errors, silence) after which it is an error; only those
+        count in which somebody waits and nothing comes.
+    """
+
+    cache: str | Path | None = None
+    cache_limit: int | None = None
+    patience: float = PATIENCE
+
+    @property
+    def root(self) -> Path:
+        return Path(self.cache) if self.cache else Path(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "ssa-megatron")
+
+
+class Wanted(NamedTuple):
+    """A file of a dataset: its name there, size and sha256; of a compressed shard also what it unpacks to, and how."""
+
+    name: str
+    size: int
+    sha256: str
+    unpacked: "Wanted | None" = None
+    compression: str | None = None
+
+
+class Cache:
+    """The files of one remote dataset in one folder of this machine.
+
+    patience: the clock of whoever waits for them; by default the caller of `fetch` does.
+    """
+
+    def __init__(self, remote: str, folder: Path, access: Access, patience: Patience | None = None):
+        self.remote, self.folder, self._limit = remote.rstrip("/"), folder, access.cache_limit
+        self._root, self._parts = access.root.expanduser(), folder / ".parts"
+        self._patience = patience or Patience(access.patience)
+
+    def fetch(self, wanted: Wanted) -> Path:
+        """The file, unpacked if it is compressed, on this machine. Raises ShardError or DatasetError, naming it."""
+        target = self.folder / (wanted.unpacked or wanted).name
+        if _is_there(target, wanted):
+            return target
+        try:
+            with self._locked(wanted.name) as since:
+                if not _is_there(target, wanted):
+                    self._clean(wanted.name)
+                    self._bring(wanted, target, since)
+        except OSError as error:
+            raise DatasetError(
+                f"{target}: cannot be written ({error.strerror or error}); {wanted.name} of {self.remote} goes there",
+                remedy="free space there, or name another folder with data.cache",
+            ) from error
+        return target
+
+    def _bring(self, wanted: Wanted, target: Path, since: float) -> None:
+        url = storage.join(self.remote, wanted.name)
+        for needed in (target.parent, self._parts):
+            needed.mkdir(parents=True, exist_ok=True)
+        if wanted.unpacked:
+            self._make_room(wanted.size + wanted.unpacked.size)
+        elif target.suffix == ".mds":
+            self._make_room(wanted.size)
+        damaged = False
+        while True:
+            part = self._parts / f"{_flat(wanted.name)}.{uuid.uuid4().hex}.part"
+            try:
+                _download(url, part, self._patience, since)
+                data = part.read_bytes()
+                check_bytes(url, data, wanted.size, wanted.sha256)
+                if wanted.unpacked:
+                    part.write_bytes(_unpack(url, data, wanted))
+                part.rename(target)
+                return
+            except ShardError as error:
+                if damaged or error.__cause__ is not None:
+                    raise
+                damaged = True  # once may be the transfer's fault
+            except OSError as error:
+                if error.errno != errno.ENOSPC or not self._evict(2 * wanted.size):
+                    raise
+            finally:
+                with suppress(OSError):
+                    part.unlink()
+            since = time.monotonic()  # it did come
+
+    def _make_room(self, need: int) -> None:
+        limit = self._limit
+        if limit is not None:
+            if need > limit:
+                raise DatasetError(
+                    f"{self._root}: the cache limit of {limit:,} bytes cannot hold a shard of {need:,}",
+                    remedy="raise data.cache_limit to several shards",
+                )
+            self._evict(need - (limit - sum(size for _, size, _ in self._shards())))
+
+    def _evict(self, amount: int) -> int:
+        """Removes the least recently used shards until `amount` bytes are free; returns how many bytes it removed."""
+        freed = 0
+        for _, size, path in sorted(self._shards()):
+            if freed >= amount:
+                break
+            with suppress(OSError):  # another process was faster
+                path.unlink()
+                freed += size
+        return freed
+
+    def _shards(self) -> Iterator[tuple[float, int, Path]]:
+        """(time of last use, bytes, path) of the shards of all datasets in the cache."""
+        for path in self._root.glob("*/*/shard.*.mds"):
+            with suppress(OSError):
+                stat = path.stat()
+                yield stat.st_mtime, stat.st_size, path
+
+    def _clean(self, name: str) -> None:
+        """Removes what a process that died while it held this file's lock has left."""
+        for path in self._parts.glob(f"{_flat(name)}.*.part*"):
+            with suppress(OSError):
+                path.unlink()
+
+    @contextmanager
+    def _locked(self, name: str) -> Iterator[float]:
+        """Only one process brings a file; the kernel drops the lock with its owner. Yields since when nothing has come."""
+        locks = self.folder / ".locks"
+        locks.mkdir(parents=True, exist_ok=True)
+        since, arrival = time.monotonic(), None
+        with open(locks / str(sum(name.encode()) % _LOCKS), "a") as lock:
+            while True:
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    arrival = arrival or Arrival(self._parts, "", self._patience)  # some files share a lock
+                    if arrival.seen():
+                        since = time.monotonic()
+                    if self._patience.left(since) <= 0:
+                        url, seconds = storage.join(self.remote, name), self._patience.seconds
+                        said = "another process of this machine is at it, and nothing comes"
+                        raise ShardError(url, f"not to be had within {seconds:g} s ({said})", remedy=_REACH) from None
+                    time.sleep(0.02)
+            yield since
+
+
+@functools.cache
+def _downloader(scheme: str):
+    """streaming's downloader for s3://, gs://, ...: one a process, since making a client takes half a second."""
+    from streaming.base.storage import CloudDownloader
+
+    return CloudDownloader.get(f"{scheme}://")
+
+
+os.register_at_fork(after_in_child=_downloader.cache_clear)
+
+
+def read_remote(url: str, access: Access) -> bytes:
+    """The contents of a small remote file that nothing is known of yet. Raises ShardError when it cannot be had."""
+    with tempfile.TemporaryDirectory() as folder:
+        part = Path(folder, "file.part")
+        _download(url, part, Patience(access.patience), time.monotonic())
+        return part.read_bytes()
+
+
+def _download(url: str, target: Path, patience: Patience, since: float) -> None:
+    """Brings one object to `target`. Raises ShardError, with a cause, when it cannot be had, OSError for a full disk.
+
+    since: when it was first wanted, or something of it last came, by the clock of time.monotonic().
+    """
+    arrival, silence = Arrival(target.parent, target.stem, patience), patience.seconds / 2  # so there is time for two
+    pause, said, number = _FIRST_PAUSE, "no answer", 0
+    while True:
+        number += 1
+        attempt = _Attempt(url, Path(f"{target}.{number}"), silence)
+        try:
+            while not attempt.is_over():
+                if arrival.seen():
+                    since = attempt.moved = time.monotonic()
+                if patience.left(since) <= 0:
+                    raise TimeoutError
+            attempt.path.rename(target)
+            return
+        except Exception as error:  # every store's library has errors of its own
+            attempt.give_up()
+            if isinstance(error, OSError) and error.errno in _OF_THE_DISK:
+                raise
+            code = getattr(error, "response", {}).get("Error", {}).get("Code")
+            if not isinstance(error, TimeoutError):
+                said = str(error) or type(error).__name__
+            if code in _FOR_GOOD or isinstance(error, FileNotFoundError):
+                raise ShardError(url, f"not there, or no access ({code}: {said})", remedy=_REACH) from error
+            left = patience.left(since)
+            if left <= _FIRST_PAUSE:
+                raise ShardError(url, f"not to be had within {patience.seconds:g} s ({said})", remedy=_REACH) from error
+        time.sleep(min(pause, left) * random.uniform(0.5, 1))  # ranks that failed together do not come back together
+        pause = min(2 * pause, _LONGEST_PAUSE)
+
+
+class _Attempt:
+    """One download to a file of its own, by a thread that may hang; given up, it leaves nothing when it ends after all.
+
+    silence: seconds in which nothing comes, after which `is_over` raises TimeoutError.
+    """
+
+    def __init__(self, url: str, path: Path, silence: float):
+        self.path, self.moved = path, time.monotonic()
+        self._url, self._silence, self._given_up = url, silence, False
+        self._future = start(self._run)
+
+    def is_over(self) -> bool:
+        """Whether the file is there, after a moment's wait. Raises what the download raised."""
+        try:
+            self._future.result(0.1)
+            return True
+        except TimeoutError:
+            if self._future.done() or time.monotonic() - self.moved > self._silence:
+                raise
+            return False
+
+    def give_up(self) -> None:
+        self._given_up = True
+        self.path.unlink(missing_ok=True)
+
+    def _run(self) -> None:
+        _downloader(self._url.split("://")[0]).download(self._url, str(self.path), self._silence)
+        if self._given_up:
+            self.path.unlink(missing_ok=True)
+
+
+def _flat(name: str) -> str:
+    """A file's name in a dataset as that of a file in one folder."""
+    return name.replace("/", "-")
+
+
+def _unpack(url: str, data: bytes, wanted: Wanted) -> bytes:
+    from streaming.base.compression import decompress
+
+    try:
+        data = decompress(wanted.compression, data)
+    except Exception as error:  # the decompressors each have an error type of their own
+        raise ShardError(url, f"cannot be decompressed ({error})") from error
+    check_bytes(url, data, wanted.unpacked.size, wanted.unpacked.sha256)
+    return data
+
+
+def _is_there(target: Path, wanted: Wanted) -> bool:
+    """Whether the file is in the cache; marks it as just used.
+
+    The rows of a shard have checksums of their own; other files are small, and one that the disk altered is fetched again.
+    """
+    try:
+        if target.stat().st_size != (wanted.unpacked or wanted).size:
+            return False
+        if target.suffix != ".mds":
+            check_sha256(target, wanted.sha256)
+        os.utime(target)
+        return True
+    except (OSError, ShardError):
+        return False
+
+
+_REACH = "check the object, S3_ENDPOINT_URL, the credentials and the network; the same command continues"

@@ -1,0 +1,271 @@
+"""Micro-batches of packed rows: endless for training, the first N rows for evaluation.
+
+The k-th micro-batch of the whole run is rows [k*M, (k+1)*M) of the run, and data-parallel rank r of D takes numbers r,
+r + D, r + 2D, ...: the rows of a step, and of every micro-batch in it, do not depend on D, and a position is one number.
+It refuses to continue from a position saved on other data or another order, never ends an epoch short and never hangs.
+"""
+
+import contextlib
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ssa_pipelines.errors import DatasetError
+from ssa_pipelines.shards.packing import doc_starts
+from ssa_pipelines.shards.row_reader import RowReader
+from ssa_pipelines.storage.prefetch import DaemonPool
+from ssa_pipelines.storage.shard_cache import Access
+from ssa_pipelines.storage.stall_timer import Patience
+from ssa_pipelines.stream.mixture import Phase
+from ssa_pipelines.stream.position import restore, save
+from ssa_pipelines.stream.row_order import SHUFFLE_BLOCK
+from ssa_pipelines.stream.run_rows import Location, Place, RunRows, open_sources
+
+_FETCHERS = 4  # threads that bring shards before they are needed
+_FETCH_AHEAD_ROWS = 4096  # of all ranks
+_GRACE = 5.0  # seconds beyond the patience, in which a fetch that is in trouble says so itself
+
+
+class Rows(NamedTuple):
+    """One micro-batch.
+
+    tokens: int64 [micro_batch_rows, row_length].
+    doc_starts: int32, same shape: for each token the index in its row at which its own document begins.
+    """
+
+    tokens: Tensor
+    doc_starts: Tensor
+
+
+class TrainStream:
+    """An endless iterator over the micro-batches of one data-parallel rank, epoch after epoch.
+
+    Every process constructs its own, with its data-parallel rank; processes that share that rank (tensor, pipeline and
+    context parallel) get the same rows. They need no communication, no torch.distributed and no shared memory.
+
+    sources, split: a prepared dataset (a folder or a URL), or several by name, and the split to read.
+    phases: weights of several sources, and the token counts at which they change; by default in proportion to their rows.
+    micro_batch_rows (M), global_batch_rows (G): rows in a micro-batch of one rank, and in a step of all ranks; G is a
+        multiple of M * data_parallel_size.
+    seed, shuffle, shuffle_block: the order of the rows; without shuffle they come as they were packed.
+    read_ahead: micro-batches read in advance by one thread; 0 reads when asked. The rows are the same.
+    access: the cache of remote datasets, and how long to bear with trouble: a row that does not come is an error.
+    Raises DatasetError, ShardError (naming the shard) on opening and on reading.
+    """
+
+    def __init__(
+        self,
+        sources: Location | Mapping[str, Location],
+        split: str = "train",
+        *,
+        phases: Sequence[Phase] = (),
+        micro_batch_rows: int,
+        global_batch_rows: int,
+        data_parallel_rank: int,
+        data_parallel_size: int,
+        seed: int,
+        shuffle: bool = True,
+        shuffle_block: int = SHUFFLE_BLOCK,
+        read_ahead: int = 2,
+        access: Access | None = None,
+    ):
+        _check_layout(micro_batch_rows, global_batch_rows, data_parallel_rank, data_parallel_size, "global_batch_rows")
+        if seed < 0 or read_ahead < 0:
+            raise DatasetError(f"seed {seed}, read_ahead {read_ahead}: both must be 0 or more", remedy="use 0 or more")
+        self.infos = open_sources(sources, access)
+        self.split, self.samples_seen = split, 0
+        order = {"seed": seed, "shuffle": shuffle, "shuffle_block": shuffle_block}
+        self._patience = Patience((access or Access()).patience)
+        self.rows = RunRows(self.infos, split, phases=phases, **order, access=access, patience=self._patience)
+        self.order = order
+        self.changes: list[dict] = []  # what was accepted on the way; see load_state_dict
+        self._rows_per_epoch = sum(reader.rows for reader in self.rows.readers)
+        self._micro_batch_rows = micro_batch_rows
+        self._offset = data_parallel_rank * micro_batch_rows
+        self._stride = data_parallel_size * micro_batch_rows
+        self._read_ahead = read_ahead
+        self._thread = DaemonPool(1, "row-reader")
+        self._pending: deque[Future[Rows]] = deque()
+        slow = any(not reader.is_direct for reader in self.rows.readers)
+        self._fetchers = DaemonPool(_FETCHERS, "shard-fetcher") if slow else None
+        limit = access.cache_limit if access else None
+        fit = _FETCH_AHEAD_ROWS if limit is None else limit // (16 * self.rows.row_length)  # a quarter of the cache
+        self._fetch_ahead_rows = min(fit, _FETCH_AHEAD_ROWS)
+        self._fetched_to = 0
+        self._asked: deque[tuple[int, int]] = deque(maxlen=256)  # shards asked for lately
+
+    @property
+    def rows_per_epoch(self) -> int:
+        """Rows in the split, over all sources."""
+        return self._rows_per_epoch
+
+    @property
+    def epochs(self) -> dict[str, float]:
+        """How often each source has been seen."""
+        return self.rows.epochs(self.samples_seen)
+
+    def __iter__(self) -> Iterator[Rows]:
+        return self
+
+    def __next__(self) -> Rows:
+        self._fetch_ahead()
+        while len(self._pending) <= self._read_ahead:
+            ahead = self.samples_seen + len(self._pending) * self._stride
+            self._pending.append(self._thread.submit(self._read, ahead))
+        future = self._pending.popleft()
+        try:
+            rows = _waited_for(future, self._patience, self.rows.readers)
+        except BaseException:
+            self._drop_pending()  # asked again, it must read this very position again
+            raise
+        self.samples_seen += self._stride
+        return rows
+
+    def places(self, begin: int, count: int) -> list[Place]:
+        """Source, epoch and row of the rows begin .. begin + count - 1 of the run, over all ranks."""
+        return self.rows.places(begin, count)
+
+    def state_dict(self) -> dict:
+        """The position, for JSON: it holds nothing of the topology, so any rank of any layout may load it."""
+        return save(self)
+
+    def load_state_dict(self, state: dict, *, accept_changes: str | None = None) -> None:
+        """Continues where `state` was taken: the next rows are those an uninterrupted run would have had.
+
+        accept_changes: the reason why data, weights, seed or shuffle may differ from the state's. Sources whose dataset is
+            the same go on where they were, others begin; the change and its reason stay in the state from then on.
+        Raises DatasetMismatch, with every difference, if there is one and no reason.
+        """
+        restore(self, state, accept_changes)
+        self._drop_pending()
+        self._fetched_to = 0
+
+    def close(self) -> None:
+        """Ends the threads; the stream cannot be read afterwards. A process may also simply exit."""
+        self._drop_pending()
+        self._patience.end()
+        self._thread.close(5)
+        if self._fetchers is not None:
+            self._fetchers.close(0)
+
+    def _read(self, samples_seen: int) -> Rows:
+        return _collate(self.rows.read(samples_seen + self._offset, self._micro_batch_rows), self.rows.row_length)
+
+    def _fetch_ahead(self) -> None:
+        """Has the shards of this rank's next rows brought; a few rows further with each call."""
+        if self._fetchers is None:
+            return
+        begin = max(self.samples_seen, self._fetched_to)
+        last = self.samples_seen + max(self._fetch_ahead_rows, self._stride)
+        for position in range(begin, min(last, begin + 16 * self._stride), self._stride):
+            for source, shard in self.rows.shards(position + self._offset, self._micro_batch_rows):
+                if (source, shard) not in self._asked:
+                    self._asked.append((source, shard))
+                    self._fetchers.submit(self.rows.readers[source].bring, shard)
+            self._fetched_to = position + self._stride
+
+    def _drop_pending(self) -> None:
+        for future in self._pending:
+            future.cancel()
+        with contextlib.suppress(Exception):
+            if self._pending:  # the read in progress, if any, must not go on beside a later one
+                self._pending[0].result(0)
+        self._pending.clear()
+
+
+def evaluation_rows(
+    sources: Location | Mapping[str, Location],
+    split: str = "validation",
+    *,
+    rows: int,
+    micro_batch_rows: int,
+    data_parallel_rank: int,
+    data_parallel_size: int,
+    access: Access | None = None,
+) -> Iterator[Rows]:
+    """Yields this rank's micro-batches of the first `rows` rows of a split, as they were packed; the same every time.
+
+    Of several sources each gives its share of the rows, in proportion to its split. All ranks together see each of these
+    rows once. Raises DatasetError at once if there are fewer, or `rows` is no multiple of micro_batch_rows *
+    data_parallel_size; ShardError as TrainStream does.
+    """
+    _check_layout(micro_batch_rows, rows, data_parallel_rank, data_parallel_size, "rows")
+    infos = open_sources(sources, access)
+    have = [info.split(split).rows for info in infos.values()]
+    if rows > sum(have):
+        where = ", ".join(info.location for info in infos.values())
+        raise DatasetError(
+            f"rows {rows}: the split {split!r} of {where} holds {sum(have)}",
+            remedy="evaluate on fewer rows, or prepare with a larger validation_fraction",
+        )
+    ends = [rows * sum(have[: i + 1]) // sum(have) for i in range(len(have))]
+    patience = Patience((access or Access()).patience)
+    readers = [RowReader(info, split, access, patience=patience) for info in infos.values()]
+    chosen = [
+        (reader, row)
+        for reader, begin, end in zip(readers, [0, *ends[:-1]], ends, strict=True)
+        for row in range(end - begin)
+    ]
+    begins = range(data_parallel_rank * micro_batch_rows, rows, micro_batch_rows * data_parallel_size)
+    length = next(iter(infos.values())).row_length
+
+    def read(begin: int) -> Rows:
+        return _collate([reader.read(row) for reader, row in chosen[begin : begin + micro_batch_rows]], length)
+
+    def batches() -> Iterator[Rows]:
+        thread = DaemonPool(1, "row-reader")
+        try:
+            for begin in begins:
+                yield _waited_for(thread.submit(read, begin), patience, readers)
+        finally:
+            patience.end()
+            thread.close(0)
+
+    return batches()
+
+
+def _waited_for(future: Future[Rows], patience: Patience, readers: list[RowReader]) -> Rows:
+    """The rows, or a DatasetError that says what the thread reads that has not brought them while patience lasted.
+
+    A fetch in trouble ends by itself, a little sooner. What is no read (the order of a large epoch) may take its time.
+    """
+    with patience.waiting():
+        while (left := patience.left(patience.moved) + _GRACE) > 0:
+            try:
+                return future.result(min(left, 1.0))
+            except TimeoutError:
+                if future.done():  # the read's own
+                    raise
+            if not any(reader.doing for reader in readers):
+                patience.alive()
+    doing = ", ".join(sorted({reader.doing for reader in readers} - {""}))
+    raise DatasetError(
+        f"no row came for {patience.seconds + _GRACE:g} s while reading {doing}",
+        remedy="look at the file system or the store this lies on; the same command continues",
+    )
+
+
+def _collate(found: list[tuple[np.ndarray, np.ndarray, np.ndarray]], row_length: int) -> Rows:
+    tokens = np.empty((len(found), row_length), np.int64)
+    starts = np.empty((len(found), row_length), np.int32)
+    for i, (row, row_starts, _) in enumerate(found):
+        tokens[i], starts[i] = row, doc_starts(row_starts, row_length)
+    return Rows(torch.from_numpy(tokens), torch.from_numpy(starts))
+
+
+def _check_layout(micro: int, total: int, rank: int, size: int, name: str) -> None:
+    if micro < 1 or size < 1 or not 0 <= rank < size:
+        raise DatasetError(
+            f"micro_batch_rows {micro}, data_parallel_rank {rank}, data_parallel_size {size}: not a layout",
+            remedy="use micro_batch_rows >= 1 and 0 <= data_parallel_rank < data_parallel_size",
+        )
+    if total < 1 or total % (micro * size):
+        raise DatasetError(
+            f"{name} {total} is not a multiple of micro_batch_rows {micro} x data_parallel_size {size}",
+            remedy=f"use a multiple of {micro * size}",
+        )

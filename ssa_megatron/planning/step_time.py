@@ -1,0 +1,155 @@
+"""Seconds of one optimizer step, part by part, and what follows: tokens a day, MFU.
+
+A step is the slowest stage's micro-batches, the pipeline's bubble, communication that nothing hides, and the optimizer. Linear
+layers are counted in FLOPs, element-wise kernels in bytes (they are not fused: norms, rotary embedding, SwiGLU and loss take as
+long as half of the linear layers), attention by the kernels' measured rates.
+"""
+
+from dataclasses import dataclass
+
+from ssa_megatron.config import Recipe
+from ssa_megatron.model.shapes import GATES, parameter_count
+from ssa_megatron.planning.communication import Traffic, traffic
+from ssa_megatron.planning.hardware import Hardware
+from ssa_megatron.planning.rank_shapes import Cut, cut, parameters
+
+# Bytes moved by unfused element-wise kernels, forward and backward together, counted kernel by kernel
+NORM_BYTES = 120  # per channel of one norm
+ROTARY_BYTES = 60  # per query or key channel
+MLP_BYTES = 42  # per channel of the MLP
+RESIDUAL_BYTES = 20  # per channel of a layer
+LOSS_BYTES = 54  # per logit
+ACCUMULATE_BYTES = 18  # per parameter and micro-batch: a bf16 gradient cast and added to fp32
+UPDATE_BYTES = 56  # per parameter and step: norm, clipping, AdamW, working copy, zeroing
+EDGE_KEYS = 340  # of tiles of our dense kernel that lie across an edge of what a row sees: computed and masked
+FORWARD_SHARE = 1 / 3  # of element-wise traffic and attention, that recomputation repeats
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Of a whole run; seconds are per optimizer step."""
+
+    parts: dict[str, float]
+    """Seconds of the slowest stage by part, the pipeline's bubble among them."""
+    tokens: int
+    """Tokens of a step."""
+    mfu: float
+    """Share of the GPUs' peak that weights and one causal attention over whole rows would need (6 N + 6 L h S a token)."""
+
+    @property
+    def seconds(self) -> float:
+        return sum(self.parts.values())
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.seconds
+
+    @property
+    def tokens_per_day(self) -> float:
+        return self.tokens_per_second * 86400
+
+
+def speed(recipe: Recipe, world: int, gpu: Hardware, *, document: int | None = None) -> Speed:
+    """document: tokens of a typical document in a row; None for rows that are one document each."""
+    c, p = cut(recipe, world, document=document), recipe.parallel
+    stages = {0, p.pipeline - 1}
+    slowest = max((_stage_parts(recipe, c, world, gpu, stage, document) for stage in stages), key=_total)
+    bubble = (p.pipeline - 1) / (p.virtual_pipeline * c.micro_batches)
+    parts = dict(slowest)
+    if bubble:
+        once = ("optimizer", "data-parallel")
+        parts["pipeline bubble"] = bubble * sum(v for k, v in slowest.items() if k not in once)
+    tokens = recipe.train.global_batch_rows * recipe.train.sequence_length
+    needed = tokens * flops_per_token(recipe)
+    return Speed(parts, tokens, needed / (sum(parts.values()) * gpu.peak_flops * world))
+
+
+def flops_per_token(recipe: Recipe) -> float:
+    """Forward and backward of every weight that multiplies (an untied input embedding does not) and one causal attention."""
+    m = recipe.model
+    weights = parameter_count(recipe) - (0 if m.tied_embeddings else m.vocab_size * m.hidden_size)
+    return 6 * weights + 6 * m.num_layers * m.num_heads * m.head_dim * recipe.train.sequence_length
+
+
+def _total(parts: dict[str, float]) -> float:
+    return sum(parts.values())
+
+
+def _stage_parts(
+    recipe: Recipe, c: Cut, world: int, gpu: Hardware, stage: int, document: int | None
+) -> dict[str, float]:
+    m, p, mode = recipe.model, recipe.parallel, recipe.train.recompute
+    last = stage == p.pipeline - 1
+    times, tokens = c.micro_batches, c.tokens * c.micro_batches
+    held = parameters(recipe, stage)
+    embedding = c.vocabulary * m.hidden_size
+    layers_again = 1 if mode == "full" else 0
+    core_again = 0 if mode == "none" else 1
+
+    flops = 2 * tokens * (sum(held.layers) * (3 + layers_again) + (3 * embedding if last else 0))
+    layer_bytes = c.layers * (
+        (2 * NORM_BYTES + RESIDUAL_BYTES) * c.hidden * c.stream_tokens / c.tokens
+        + ROTARY_BYTES * (c.query + c.key)
+        + MLP_BYTES * c.ffn
+    )
+    moved = tokens * layer_bytes * (1 + FORWARD_SHARE * layers_again)
+    moved += tokens * (LOSS_BYTES * c.vocabulary + NORM_BYTES * c.hidden) if last else 0
+    scale = c.element / 2  # counted for bf16
+    parts = {
+        "linear layers": flops / gpu.matmul * (1 if c.element == 2 else 2),
+        "element-wise": moved * scale / gpu.bandwidth,
+        "attention": tokens * c.layers * attention(recipe, c, gpu, document) * (1 + FORWARD_SHARE * core_again),
+        "optimizer": ACCUMULATE_BYTES * times * held.count / gpu.bandwidth + update(recipe, c, held.count, gpu),
+    }
+    for t in traffic(recipe, world, stage):
+        name = {"data": "data-parallel"}.get(t.group, f"{t.group}-parallel")
+        parts[name] = parts.get(name, 0.0) + t.wire / bandwidth(recipe, t, world, gpu)
+    return parts
+
+
+def update(recipe: Recipe, c: Cut, count: int, gpu: Hardware) -> float:
+    """Seconds of AdamW on this rank's share of `count` parameters; offloaded, gradients go to the host and weights come back."""
+    share = count / c.shards
+    if not recipe.zero.offload_optimizer:
+        return UPDATE_BYTES * share / gpu.bandwidth
+    return UPDATE_BYTES * share / gpu.host + (4 + c.element) * share / gpu.host_link
+
+
+def attention(recipe: Recipe, c: Cut, gpu: Hardware, document: int | None) -> float:
+    """Seconds of one token in one layer, forward and backward, on this rank's heads."""
+    a, width = recipe.attention, recipe.model.head_dim
+    seen = min(document or recipe.train.sequence_length, recipe.train.sequence_length)
+    chosen = min(a.block_size * a.block_count, seen) * width
+
+    def dense(keys: float, vendor: bool = False) -> float:  # 3.5 times the forward's two products over half of the keys
+        rate, edge = (1.0, 0) if vendor else (gpu.own, EDGE_KEYS)
+        return 3.5 * 2 * (keys + edge) * c.query / (rate * _of_width(gpu.dense, width))
+
+    routed = c.heads * seen * gpu.route + c.kv_heads * gpu.pick
+    sparse = routed + c.kv_heads * chosen * gpu.select + c.query * _of_width(gpu.stream, width)
+    if a.kind == "ssa":
+        apart = dense(seen, c.vendor) + sparse
+        together = gpu.one_pass * dense(seen) + routed + c.heads * chosen * gpu.gather
+        return (together if c.one_pass else apart) + c.query * gpu.gate
+    kinds = {
+        "full": dense(seen, c.vendor),
+        "moba": sparse,
+        "nsa": sparse + dense(2 * min(a.window, seen)) + dense(seen / a.block_size),
+    }
+    return kinds[a.kind] + 2 * GATES[a.kind] * c.query * 20 / gpu.bandwidth  # gates are element-wise kernels there
+
+
+def _of_width(rows: tuple[tuple[int, float], ...], width: int) -> float:
+    return min(rows, key=lambda row: abs(row[0] - width))[1]
+
+
+def bandwidth(recipe: Recipe, t: Traffic, world: int, gpu: Hardware) -> float:
+    """Bytes/s of a group: the fast links while its ranks share a node; ranks are laid out tensor, context, data, pipeline."""
+    p = recipe.parallel
+    reach = {
+        "tensor": p.tensor,
+        "context": p.tensor * p.context,
+        "data": p.tensor * t.ranks,
+        "pipeline": world,
+    }[t.group]
+    return gpu.link if reach <= gpu.node else gpu.network
