@@ -58,9 +58,9 @@ def train(
     restarts.check(folder, global_batch_rows=resolved.train.global_batch_rows)
     if int(os.environ.get("RANK", "0")) == 0:  # the imports below take seconds, and silence looks like a hang
         print(f"ssa {__version__}: recipe {resolved.name}, {world_size()} process(es); loading libraries", flush=True)
-    from ssa_megatron.train.trainer import train as run_training
+    from ssa_megatron.train.trainer import Trainer
 
-    raise typer.Exit(run_training(resolved, folder, stop=stop, profile_steps=parse_range(profile)))
+    raise typer.Exit(Trainer(resolved, folder, stop=stop, profile_steps=parse_range(profile)).run())
 
 
 @app.command()
@@ -293,7 +293,7 @@ def main() -> None:
     except typer.Abort:
         sys.exit(130)
     except DataError as error:
-        fail(DataProblem(error.problem, remedy=error.remedy))
+        fail(DataProblem(error.problem, remedy=error.remedy, id=error.id))
     except SSAError as error:
         fail(error)
     except Exception as error:

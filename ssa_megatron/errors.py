@@ -1,6 +1,7 @@
-"""Errors a user can act on. Each names the field or file, the value it got and the remedy, and carries its exit code.
+"""Errors a user can act on. Each names the field or file, its value and the remedy, and carries an exit code and a stable id.
 
-Anything else that escapes is a bug of ours and keeps its traceback.
+The id is for tests, scripts and search; the wording may improve at any time. Any other exception that escapes is a bug in this
+project and keeps its traceback.
 """
 
 
@@ -9,15 +10,16 @@ class SSAError(Exception):
 
     exit_code = 1
 
-    def __init__(self, problem: str, *, remedy: str = ""):
+    def __init__(self, problem: str, *, remedy: str = "", id: str = ""):
+        """problem: what is wrong, where, and the value. remedy: what would work. id: short, stable, kebab-case."""
         super().__init__(problem, remedy)
-        self.problem, self.remedy = problem, remedy
+        self.problem, self.remedy, self.id = problem, remedy, id
 
     def __str__(self) -> str:
         return self.problem + (f"\n  remedy: {self.remedy}" if self.remedy else "")
 
     def __reduce__(self):  # errors travel between ranks
-        return _rebuild, (type(self), self.problem, self.remedy)
+        return _rebuild, (type(self), self.problem, self.remedy, self.id)
 
 
 class ConfigError(SSAError):
@@ -66,5 +68,5 @@ EXIT_HUNG = 8  # the watchdog ended a job in which a rank did not arrive (logs/ 
 EXIT_REQUEUE = 75  # a committed checkpoint exists and the job wants to be started again (signals)
 
 
-def _rebuild(kind: type[SSAError], problem: str, remedy: str) -> SSAError:
-    return kind(problem, remedy=remedy)
+def _rebuild(kind: type[SSAError], problem: str, remedy: str, id: str) -> SSAError:
+    return kind(problem, remedy=remedy, id=id)

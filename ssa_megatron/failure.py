@@ -19,13 +19,17 @@ def fail(error: SSAError) -> NoReturn:
     met = distributed is not None and distributed.is_initialized()
     if int(os.environ.get("LOCAL_RANK", "0")) == 0:
         _is_news(str(error))
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print(f"error{_tag(error)}: {error}", file=sys.stderr, flush=True)
     elif not met and _is_news(str(error), wait=_SAID_BY_RANK_0):
-        print(f"error of rank {os.environ.get('RANK', '?')}: {error}", file=sys.stderr, flush=True)
+        print(f"error{_tag(error)} of rank {os.environ.get('RANK', '?')}: {error}", file=sys.stderr, flush=True)
     if met:
         sys.stdout.flush()
         os._exit(error.exit_code)  # destructors of process groups in use abort the process and hide the exit code
     sys.exit(error.exit_code)
+
+
+def _tag(error: SSAError) -> str:
+    return f"[{error.id}]" if error.id else ""
 
 
 def _is_news(text: str, *, wait: float = 0.0) -> bool:

@@ -66,7 +66,7 @@ def test_every_test_named_in_the_readme_exists():
 
 def test_transformers_works_beside_our_package_named_kernels():
     """`kernels` is also the name of a Hugging Face package that transformers looks for."""
-    code = "import kernels, transformers; from transformers import LlamaForCausalLM; print(ssa_kernels.BlockSpec())"
+    code = "import ssa_kernels, transformers; from transformers import LlamaForCausalLM; print(ssa_kernels.BlockSpec())"
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, cwd=launch.ROOT, timeout=120
     )

@@ -8,11 +8,12 @@ Anything else that escapes this package is a bug of ours and keeps its traceback
 class DataError(Exception):
     """Base of every data error.
 
-    `problem` names the file or field and the value found; `remedy` says what would work.
+    `problem` names the file or field and the value found; `remedy` states what would work; `id` is short, stable and
+    kebab-case, for tests and scripts.
     """
 
-    def __init__(self, problem: str, *, remedy: str = ""):
-        self.problem, self.remedy = problem, remedy
+    def __init__(self, problem: str, *, remedy: str = "", id: str = ""):
+        self.problem, self.remedy, self.id = problem, remedy, id
         super().__init__(problem + (f"\n  remedy: {remedy}" if remedy else ""))
 
     def __reduce__(self):  # errors travel between processes, and the kinds differ in their arguments
@@ -38,10 +39,10 @@ class DatasetMismatch(DatasetError):
 class ShardError(DatasetError):
     """A shard is missing, truncated or damaged; `shard` is its path."""
 
-    def __init__(self, shard: object, problem: str, *, remedy: str = ""):
+    def __init__(self, shard: object, problem: str, *, remedy: str = "", id: str = ""):
         self.shard = str(shard)
         remedy = remedy or "restore this file from a copy, or prepare the dataset again from its corpus"
-        super().__init__(f"shard {self.shard}: {problem}", remedy=remedy)
+        super().__init__(f"shard {self.shard}: {problem}", remedy=remedy, id=id)
 
 
 def _rebuild(kind: type[DataError], args: tuple, state: dict) -> DataError:

@@ -17,8 +17,9 @@ from ssa_megatron.checkpoint.tensor_file import write_safetensors
 from ssa_megatron.checkpoint.writer import commit, point_latest_at
 from ssa_megatron.config import Recipe, digest
 from ssa_megatron.config.recipe import differences
+from ssa_megatron.config.variants import KINDS
 from ssa_megatron.errors import CheckpointError
-from ssa_megatron.model.shapes import GATES, global_shapes
+from ssa_megatron.model.shapes import global_shapes
 
 FILE_BYTES = 2**30
 MAY_CHANGE = ("max_sequence_length", "rope_scaling", "init_std")
@@ -86,7 +87,7 @@ def check_start(checkpoint: Checkpoint, recipe: Recipe) -> None:
 
 def _identity(recipe: dict) -> dict:
     model = {key: value for key, value in recipe["model"].items() if key not in MAY_CHANGE}
-    return {"model": model, "attention": {"gates": GATES[recipe["attention"]["kind"]]}}
+    return {"model": model, "attention": {"gates": KINDS[recipe["attention"]["kind"]].gates}}
 
 
 def _file_name(number: int) -> str:

@@ -229,7 +229,7 @@ def load_into(checkpoint: Checkpoint, optimizer: ShardedOptimizer, *, applied_st
             raise CheckpointError(f"{checkpoint.folder}: working weights differ from their masters after loading")
         for kind, target, expected in parts:
             if _bit_sum(getattr(fragment, kind)[target]) != expected:
-                name = fragment.named.blocks[0].name
+                name = fragment.named.slabs[0].name
                 raise CheckpointError(f"{checkpoint.folder}: {kind} of {name} is not the file's after loading")
 
 
@@ -240,16 +240,16 @@ def _bit_sum(values: Tensor) -> int:
 
 
 def _fragment_values(checkpoint: Checkpoint, fragment, kind: str) -> Iterator[tuple[slice, Tensor]]:
-    """(where in the fragment, values) of each block that it meets; only the rows of the block that hold them are read."""
-    for block in fragment.named.blocks:
-        first = max(fragment.start, block.start)
-        last = min(fragment.start + fragment.numel, block.start + block.numel)
+    """(where in the fragment, values) of each slab that it meets; only the rows of the slab that hold them are read."""
+    for slab in fragment.named.slabs:
+        first = max(fragment.start, slab.start)
+        last = min(fragment.start + fragment.numel, slab.start + slab.numel)
         if first < last:
-            width = math.prod(block.shape[1:])
-            top, bottom = (first - block.start) // width, -(-(last - block.start) // width)
-            rows = (block.offset[0] + top, *block.offset[1:]), (bottom - top, *block.shape[1:])
-            start = block.start + top * width
-            values = checkpoint.rectangle(block.name, kind, *rows).view(-1)[first - start : last - start]
+            width = math.prod(slab.shape[1:])
+            top, bottom = (first - slab.start) // width, -(-(last - slab.start) // width)
+            rows = (slab.offset[0] + top, *slab.offset[1:]), (bottom - top, *slab.shape[1:])
+            start = slab.start + top * width
+            values = checkpoint.rectangle(slab.name, kind, *rows).view(-1)[first - start : last - start]
             yield slice(first - fragment.start, last - fragment.start), values
 
 

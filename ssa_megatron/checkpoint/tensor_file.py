@@ -47,15 +47,6 @@ class HostCopies:
         return self._buffer[: part.numel()]
 
 
-def cuda_event(device: torch.device) -> torch.cuda.Event | None:
-    """An event behind everything queued so far on the current stream; None where there is no CUDA."""
-    if device.type != "cuda":
-        return None
-    event = torch.cuda.Event()
-    event.record(torch.cuda.current_stream(device))
-    return event
-
-
 def write_safetensors(path: Path, tensors: dict[str, Tensor], copies: HostCopies | None = None) -> StoredFile:
     """A safetensors file of 1-d tensors, on disk (fsync) when this returns. Raises OSError when it cannot be written.
 

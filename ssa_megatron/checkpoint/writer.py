@@ -15,9 +15,10 @@ from pathlib import Path
 from torch import Tensor
 
 from ssa_megatron.checkpoint.manifest import LATEST, MANIFEST, Manifest, StoredFile, committed, step_folder
-from ssa_megatron.checkpoint.tensor_file import HostCopies, cuda_event, write_safetensors
+from ssa_megatron.checkpoint.tensor_file import HostCopies, write_safetensors
 from ssa_megatron.config import Recipe, digest
 from ssa_megatron.files import replace_durably, sync_folder, write_durably
+from ssa_megatron.parallel import device
 from ssa_megatron.parallel.state import ParallelState
 from ssa_megatron.zero.optimizer import ShardedOptimizer
 
@@ -60,7 +61,7 @@ class PendingCheckpoint:
                 error = f"rank 0: {problem}"
         self._error = parallel.broadcast_object(error)
         if self._error is None:
-            ready = cuda_event(parallel.device)
+            ready = device.event()
             for number, (tensors, pieces) in enumerate(_files(_pieces(optimizer, parallel))):
                 name = f"rank-{parallel.rank:05d}-{number:03d}.safetensors"
                 writing = threads.submit(write_safetensors, self._temporary / name, tensors, HostCopies(ready))
@@ -133,7 +134,7 @@ def prune(run: Path, keep: int, *, newest: int) -> None:
 
 
 def _pieces(optimizer: ShardedOptimizer, parallel: ParallelState) -> list[tuple[Tensor, dict]]:
-    """(1-d tensor, description) of everything this rank stores: its fragments cut along the blocks of global tensors."""
+    """(1-d tensor, description) of everything this rank stores: its fragments cut along the slabs of global tensors."""
     found = []
     for fragment in optimizer.fragments():
         if (fragment.named.replicated and parallel.tp_rank > 0) or fragment.named.tied_copy:
@@ -141,20 +142,20 @@ def _pieces(optimizer: ShardedOptimizer, parallel: ParallelState) -> list[tuple[
         kinds = {"master": fragment.master, "exp_avg": fragment.exp_avg, "exp_avg_sq": fragment.exp_avg_sq}
         if fragment.working.dtype != fragment.master.dtype:
             kinds["weight"] = fragment.working
-        for block in fragment.named.blocks:
-            first = max(fragment.start, block.start)
-            last = min(fragment.start + fragment.numel, block.start + block.numel)
+        for slab in fragment.named.slabs:
+            first = max(fragment.start, slab.start)
+            last = min(fragment.start + fragment.numel, slab.start + slab.numel)
             if first >= last:
                 continue
             for kind, tensor in kinds.items():
                 about = {
-                    "name": block.name,
+                    "name": slab.name,
                     "kind": kind,
                     "dtype": str(tensor.dtype).removeprefix("torch."),
-                    "global_shape": block.global_shape,
-                    "offset": block.offset,
-                    "shape": block.shape,
-                    "range": (first - block.start, last - block.start),
+                    "global_shape": slab.global_shape,
+                    "offset": slab.offset,
+                    "shape": slab.shape,
+                    "range": (first - slab.start, last - slab.start),
                 }
                 view = tensor.narrow(0, first - fragment.start, last - first)
                 found.append((view, about))

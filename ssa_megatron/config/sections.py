@@ -9,6 +9,8 @@ from typing import Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from ssa_megatron.config.variants import KindName
+
 
 class Section(BaseModel):
     model_config = ConfigDict(
@@ -83,7 +85,7 @@ class Model(Section):
 class Attention(Section):
     """Which attention trains, and the sparse stream's shape (paper section 3)."""
 
-    kind: Literal["full", "moba", "nsa", "ssa"] = "ssa"
+    kind: KindName = "ssa"
     """`ssa`: full and sparse streams with alignment; `full` and `moba`: one stream; `nsa`: compressed + selected + window."""
     block_size: int = Field(16, ge=1)
     """Tokens in a block; 16 in the paper."""

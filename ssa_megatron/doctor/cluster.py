@@ -18,7 +18,8 @@ from ssa_megatron.doctor.device_speed import measure
 from ssa_megatron.doctor.doctor_command import examine_machine
 from ssa_megatron.doctor.finding import Finding
 from ssa_megatron.doctor.gpu import expected, gpus
-from ssa_megatron.parallel import device as cpu
+from ssa_megatron.parallel.device import backend as backend_here
+from ssa_megatron.parallel.device import current, on_gpu
 from ssa_megatron.planning.hardware import Hardware
 
 SLOW, LAME = 0.9, 0.7  # of the median rank: WARN, FAIL
@@ -82,8 +83,8 @@ def _together(disk: Path, need_gib: float, hosts: list[str]) -> list[Finding]:
     if first:
         own += examine_machine(disk, need_gib, None, sorted(set(hosts)), devices=False)
     dist.barrier()  # the speed of all ranks at once: as in training, and with the same neighbours
-    if torch.cuda.is_available():
-        index = cpu.device().index
+    if on_gpu():
+        index = current().index
         try:
             found, speeds = gpus(index)
             own, speed = own + found, speeds[index]
@@ -147,7 +148,7 @@ def _all_reduce(world: int, nodes: int) -> list[Finding]:
     """Bus bandwidth, 2 (n - 1) / n bytes a byte reduced, over what training will use."""
     if world == 1:
         return []
-    backend, device = cpu.backend(), cpu.device()
+    backend, device = backend_here(), current()
     if any(_gather(backend != "nccl")):
         backend, device = "gloo", torch.device("cpu")
     try:

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from ssa_megatron.config import Recipe
+from ssa_megatron.config.variants import KINDS
 from ssa_megatron.errors import CheckpointError, ConfigError
 from ssa_megatron.hf.folder import HubFolder
-from ssa_megatron.model.shapes import GATES, global_shapes
+from ssa_megatron.model.shapes import global_shapes
 
 GATE, OUTPUT = ".self_attn.g_proj.weight", ".self_attn.o_proj.weight"
 SELECTED = 1
@@ -117,11 +118,13 @@ def _authors_weight(folder: HubFolder, name: str, shape: tuple[int, ...], kind: 
 def _ours(folder: HubFolder) -> Origin:
     c = folder.config
     kind = _entry(folder, "attention_kind")
-    if kind not in GATES:
-        raise CheckpointError(f"{folder.path}: attention_kind {kind!r} is unknown", remedy=f"known: {', '.join(GATES)}")
+    if kind not in KINDS:
+        raise CheckpointError(
+            f"{folder.path}: attention_kind {kind!r} is unknown", remedy=f"known: {', '.join(KINDS.names())}"
+        )
     names = ("block_size", "block_count", "topk", "window", "alignment_weight", "sparse_probability")
     attention = {name: c[name] for name in names if name in c}
-    alike = (k for k in GATES if GATES[k] == GATES[kind] and k != kind)
+    alike = (k for k in KINDS.names() if KINDS[k].gates == KINDS[kind].gates and k != kind)
     return Origin(_model(folder, eps=1e-5, theta=500000.0, tied=True), attention, (kind, *alike), _stored)
 
 

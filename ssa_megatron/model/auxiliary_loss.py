@@ -1,8 +1,7 @@
-"""The alignment loss on its way into the graph.
+"""Puts a loss that a layer computes into the graph, out of the pipeline schedule's sight.
 
-The loss of a layer is born deep inside the model, where no schedule looks for losses. It is hung on the layer's output by a
-function that passes the output through and, in backward, gives the loss a constant gradient; that works under every pipeline
-schedule and under recomputation (method.md, "The training objective"; the same device carries MoE auxiliary losses).
+`attach_auxiliary_loss` is an identity on the layer's output whose backward gives the loss a constant gradient. It works under
+every pipeline schedule and under recomputation; megatron-core carries its MoE auxiliary losses in the same way.
 """
 
 import torch

@@ -173,12 +173,12 @@ def initialize_weights(model: SSAModel, recipe: Recipe, parallel: ParallelState)
             named.parameter.fill_(1.0)
             continue
         flat = named.parameter.zero_().view(-1)
-        drawn: dict[str, Tensor] = {}  # a fused parameter has several blocks of one tensor
-        for block in named.blocks:
-            if block.name not in drawn:
-                drawn[block.name] = _draw(block.name, block.global_shape, recipe.train.seed, recipe.model.init_std)
-            index = tuple(slice(o, o + n) for o, n in zip(block.offset, block.shape, strict=True))
-            flat[block.start : block.start + block.numel].copy_(drawn[block.name][index].flatten())
+        drawn: dict[str, Tensor] = {}  # a fused parameter has several slabs of one tensor
+        for slab in named.slabs:
+            if slab.name not in drawn:
+                drawn[slab.name] = _draw(slab.name, slab.global_shape, recipe.train.seed, recipe.model.init_std)
+            index = tuple(slice(o, o + n) for o, n in zip(slab.offset, slab.shape, strict=True))
+            flat[slab.start : slab.start + slab.numel].copy_(drawn[slab.name][index].flatten())
 
 
 def _draw(name: str, shape: tuple[int, ...], seed: int, std: float) -> Tensor:

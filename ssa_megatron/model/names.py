@@ -1,8 +1,8 @@
 """Global names: what each local parameter of a Megatron model is a part of, whatever the topology.
 
-A local parameter is a concatenation of blocks; each block is a rectangle of one globally named tensor (README, "Global names").
+A local parameter is a concatenation of slabs; each slab is a rectangle of one globally named tensor (README, "Global names").
 Fused projections (q/k/v per query group, gate/up) and tensor-parallel cuts are undone here and nowhere else; padding rows of
-the vocabulary belong to no block.
+the vocabulary belong to no slab.
 """
 
 import re
@@ -12,13 +12,14 @@ from dataclasses import dataclass
 from torch import nn
 
 from ssa_megatron.config import Recipe
-from ssa_megatron.model.shapes import GATES, global_shapes, padded_vocab_size
+from ssa_megatron.model.kinds import kind_of
+from ssa_megatron.model.shapes import global_shapes, padded_vocab_size
 from ssa_megatron.parallel.state import ParallelState
 
 
 @dataclass(frozen=True)
-class Block:
-    """A rectangle of a global tensor that lies contiguous (row-major) in a local parameter, from element `start` on."""
+class Slab:
+    """A rectangle of a global tensor that is contiguous (row-major) in a local parameter, from element `start` on."""
 
     name: str
     global_shape: tuple[int, ...]
@@ -36,10 +37,10 @@ class Block:
 
 @dataclass(frozen=True)
 class NamedParameter:
-    """A local parameter and its blocks."""
+    """A local parameter and the slabs of global tensors it is made of."""
 
     parameter: nn.Parameter
-    blocks: tuple[Block, ...]
+    slabs: tuple[Slab, ...]
     replicated: bool
     """Every tensor-parallel rank holds the same values."""
     tied: bool
@@ -49,38 +50,38 @@ class NamedParameter:
 
 
 def named_parameters(model: nn.Module, recipe: Recipe, parallel: ParallelState) -> Iterator[NamedParameter]:
-    """Every parameter of this rank's model with its blocks, in the model's own (deterministic) order."""
+    """Every parameter of this rank's model with its slabs, in the model's own (deterministic) order."""
     spread = recipe.model.tied_embeddings and parallel.pp_size > 1
     for chunk in model.chunks:
         layer_numbers = [layer.layer_number - 1 for layer in chunk.decoder.layers]
         for local_name, parameter in chunk.named_parameters():
             match = re.fullmatch(r"decoder\.layers\.(\d+)\.(.*)", local_name)
             prefix, leaf = (f"model.layers.{layer_numbers[int(match[1])]}.", match[2]) if match else ("", local_name)
-            blocks = _blocks(leaf, prefix, recipe, parallel.tp_rank, parallel.tp_size)
+            slabs = _slabs(leaf, prefix, recipe, parallel.tp_rank, parallel.tp_size)
             yield NamedParameter(
                 parameter,
-                tuple(blocks),
+                tuple(slabs),
                 replicated=leaf.endswith("norm.weight"),
                 tied=spread and leaf in ("embedding.word_embeddings.weight", "output_layer.weight"),
                 tied_copy=spread and leaf == "output_layer.weight",
             )
 
 
-def _blocks(leaf: str, prefix: str, recipe: Recipe, rank: int, size: int) -> Iterator[Block]:
+def _slabs(leaf: str, prefix: str, recipe: Recipe, rank: int, size: int) -> Iterator[Slab]:
     m = recipe.model
     shapes = global_shapes(recipe)
 
-    def rows(name: str, first: int, count: int, start_row: int = 0) -> Block:
+    def rows(name: str, first: int, count: int, start_row: int = 0) -> Slab:
         shape = shapes[name]
-        return Block(name, shape, (first, *(0 for _ in shape[1:])), (count, *shape[1:]), start_row * m.hidden_size)
+        return Slab(name, shape, (first, *(0 for _ in shape[1:])), (count, *shape[1:]), start_row * m.hidden_size)
 
-    def columns(name: str) -> Block:
+    def columns(name: str) -> Slab:
         height, width = shapes[name]
         share = width // size
-        return Block(name, (height, width), (0, rank * share), (height, share), 0)
+        return Slab(name, (height, width), (0, rank * share), (height, share), 0)
 
-    def whole(name: str) -> Block:
-        return Block(name, shapes[name], (0,), shapes[name], 0)
+    def whole(name: str) -> Slab:
+        return Slab(name, shapes[name], (0,), shapes[name], 0)
 
     match leaf:
         case "embedding.word_embeddings.weight" | "output_layer.weight":
@@ -110,7 +111,7 @@ def _blocks(leaf: str, prefix: str, recipe: Recipe, rank: int, size: int) -> Ite
                         yield rows(f"{prefix}self_attn.{name}_proj.weight", first, high - low, low - rank * share)
                     at += count
         case "self_attention.linear_gate.weight":
-            share = m.num_heads * GATES[recipe.attention.kind] // size
+            share = m.num_heads * kind_of(recipe).gates // size
             yield rows(prefix + "self_attn.g_proj.weight", rank * share, share)
         case "self_attention.linear_proj.weight":
             yield columns(prefix + "self_attn.o_proj.weight")

@@ -6,9 +6,7 @@ Needs the recipe alone, so planning, reports and exports can ask without importi
 import math
 
 from ssa_megatron.config import Recipe
-
-GATES = {"full": 1, "moba": 1, "ssa": 1, "nsa": 3}
-"""Gates per query head; nsa's are, in order, for the compressed, the selected and the window stream."""
+from ssa_megatron.model.kinds import kind_of
 
 
 def global_shapes(recipe: Recipe) -> dict[str, tuple[int, ...]]:
@@ -21,7 +19,7 @@ def global_shapes(recipe: Recipe) -> dict[str, tuple[int, ...]]:
         shapes[layer + "self_attn.q_proj.weight"] = (m.num_heads * m.head_dim, m.hidden_size)
         shapes[layer + "self_attn.k_proj.weight"] = (m.num_kv_heads * m.head_dim, m.hidden_size)
         shapes[layer + "self_attn.v_proj.weight"] = (m.num_kv_heads * m.head_dim, m.hidden_size)
-        shapes[layer + "self_attn.g_proj.weight"] = (m.num_heads * GATES[recipe.attention.kind], m.hidden_size)
+        shapes[layer + "self_attn.g_proj.weight"] = (m.num_heads * kind_of(recipe).gates, m.hidden_size)
         shapes[layer + "self_attn.o_proj.weight"] = (m.hidden_size, m.num_heads * m.head_dim)
         shapes[layer + "post_attention_layernorm.weight"] = (m.hidden_size,)
         shapes[layer + "mlp.gate_proj.weight"] = (m.ffn_size, m.hidden_size)

@@ -11,7 +11,7 @@ from typing import Literal
 Trunk = Literal["full", "sparse"]
 
 
-def mode(seed: int, step: int, microbatch: int, sparse_probability: float = 0.5) -> Trunk:
+def draw_trunk(seed: int, step: int, microbatch: int, sparse_probability: float = 0.5) -> Trunk:
     """`step` counts optimizer steps from 0; `microbatch` numbers the step's micro-batches over all data-parallel ranks."""
     block = hashlib.blake2b(struct.pack("<QQQ", seed, step, microbatch), digest_size=8, person=b"ssa-trunk").digest()
     uniform = int.from_bytes(block, "little") / 2**64

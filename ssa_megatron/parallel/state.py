@@ -16,8 +16,7 @@ import torch.distributed as dist
 
 from ssa_megatron.config import Recipe
 from ssa_megatron.errors import ConfigError, EnvironmentProblem, PortTaken
-from ssa_megatron.parallel import device as cpu
-from ssa_megatron.parallel import topology
+from ssa_megatron.parallel import device, topology
 
 TIMEOUT = datetime.timedelta(minutes=10)  # a rank that is silent for longer is gone; every collective ends by then
 
@@ -70,8 +69,7 @@ class ParallelState:
 
     def describe(self) -> str:
         """`tensor 2, data 4`: the sizes that are not 1, and the data-parallel one."""
-        names = ("tensor", "pipeline", "context", "data")
-        sizes = {name: getattr(self, f"{name}_size") for name in names}
+        sizes = {"tensor": self.tp_size, "pipeline": self.pp_size, "context": self.cp_size, "data": self.dp_size}
         return ", ".join(f"{name} {size}" for name, size in sizes.items() if size > 1 or name == "data")
 
     def barrier(self) -> None:
@@ -186,23 +184,23 @@ def world_size() -> int:
 
 
 def initialize(recipe: Recipe) -> ParallelState:
-    """Join the launch (torchrun's environment variables), build every group, and say where this process stands.
+    """Join the launch (torchrun's environment variables), build every group, and return where this process stands.
 
-    Raises ConfigError when the topology is not legal EnvironmentProblem when the processes do not find each
-    other, and PortTaken when their port is another's.
+    Raises ConfigError when the topology is not legal, EnvironmentProblem when the processes do not find each other, and
+    PortTaken when their port is in use by another process.
     """
     topology.check(recipe, world_size())
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1", MASTER_ADDR="127.0.0.1")
         os.environ["MASTER_PORT"] = str(_free_port())
     _order_kernels(recipe)
-    cpu.adapt()
+    device.adapt()
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
     if not dist.is_initialized():
         try:
-            dist.init_process_group(backend=cpu.backend(), timeout=TIMEOUT)
+            dist.init_process_group(backend=device.backend(), timeout=TIMEOUT)
         except (dist.DistError, RuntimeError, ValueError) as error:
             address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
             if "EADDRINUSE" in str(error):  # whoever launches chooses a free port, and lets it go for rank 0 to take
@@ -215,7 +213,7 @@ def initialize(recipe: Recipe) -> ParallelState:
                 remedy="check MASTER_ADDR, MASTER_PORT and that every node was started",
             ) from error
     p = recipe.parallel
-    if p.pipeline > 1 and cpu.available() and dist.get_backend() == "gloo":
+    if p.pipeline > 1 and device.on_gpu() and dist.get_backend() == "gloo":
         raise EnvironmentProblem(
             f"parallel.pipeline={p.pipeline} with several processes on one GPU: they share it over gloo, which cannot send "
             "GPU tensors from stage to stage",
@@ -232,7 +230,7 @@ def initialize(recipe: Recipe) -> ParallelState:
     return ParallelState(
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
-        device=cpu.device(),
+        device=device.current(),
         tp_rank=parallel_state.get_tensor_model_parallel_rank(),
         tp_size=parallel_state.get_tensor_model_parallel_world_size(),
         dp_rank=parallel_state.get_data_parallel_rank(),

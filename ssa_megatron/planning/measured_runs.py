@@ -17,9 +17,9 @@ import torch
 
 from ssa_megatron.config import Recipe, load_recipe
 from ssa_megatron.model.build import build_model
-from ssa_megatron.parallel import device as cpu
+from ssa_megatron.parallel import device
 from ssa_megatron.parallel.state import finalize, initialize
-from ssa_megatron.train.step import train_step
+from ssa_megatron.train.step import StepRunner
 from ssa_megatron.zero.optimizer import ShardedOptimizer
 
 
@@ -49,7 +49,7 @@ def measure(recipe: Recipe, document: int, steps: int = 5) -> dict:
     on_gpu = parallel.device.type == "cuda"
 
     def peak() -> int:
-        value = cpu.peak_memory()
+        value = device.peak_memory()
         if on_gpu:
             torch.cuda.reset_peak_memory_stats()
         return value
@@ -68,10 +68,10 @@ def measure(recipe: Recipe, document: int, steps: int = 5) -> dict:
         return result
 
     optimizer.step = watched_step
-    rows, seconds = random_rows(recipe, document), []
+    runner, rows, seconds = StepRunner(model, optimizer, recipe, parallel), random_rows(recipe, document), []
     for step in range(steps):
         began = time.monotonic()
-        result = train_step(model, optimizer, rows, recipe, parallel, step=step, lr=1e-4)
+        result = runner.run(rows, step=step, lr=1e-4)
         seconds.append(time.monotonic() - began)
     if on_gpu:
         free, total = torch.cuda.mem_get_info()

@@ -8,7 +8,8 @@ import math
 from dataclasses import dataclass
 
 from ssa_megatron.config import Recipe
-from ssa_megatron.model.shapes import GATES, padded_vocab_size
+from ssa_megatron.config.variants import KINDS
+from ssa_megatron.model.shapes import padded_vocab_size
 from ssa_megatron.parallel import topology
 
 # Copies of constants of kernels/ssa_kernels/triton/tiles.py, which imports torch; a test compares them
@@ -67,7 +68,7 @@ def cut(recipe: Recipe, world: int, *, document: int | None = None) -> Cut:
         key=kv_heads * m.head_dim,
         heads=m.num_heads // p.tensor,
         kv_heads=kv_heads,
-        gates=m.num_heads // p.tensor * GATES[recipe.attention.kind],
+        gates=m.num_heads // p.tensor * KINDS[recipe.attention.kind].gates,
         ffn=m.ffn_size // p.tensor,
         vocabulary=padded_vocab_size(recipe) // p.tensor,
         tokens=tokens,
@@ -133,7 +134,7 @@ def parameters(recipe: Recipe, stage: int) -> Parameters:
     layer = (
         m.hidden_size * m.num_heads * m.head_dim // p.tensor,  # output projection
         qkv_rows * m.hidden_size,
-        m.num_heads * GATES[recipe.attention.kind] // p.tensor * m.hidden_size,
+        m.num_heads * KINDS[recipe.attention.kind].gates // p.tensor * m.hidden_size,
         2 * m.ffn_size // p.tensor * m.hidden_size,
         m.ffn_size // p.tensor * m.hidden_size,
     )

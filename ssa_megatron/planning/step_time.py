@@ -8,7 +8,8 @@ long as half of the linear layers), attention by the kernels' measured rates.
 from dataclasses import dataclass
 
 from ssa_megatron.config import Recipe
-from ssa_megatron.model.shapes import GATES, parameter_count
+from ssa_megatron.config.variants import KINDS
+from ssa_megatron.model.shapes import parameter_count
 from ssa_megatron.planning.communication import Traffic, traffic
 from ssa_megatron.planning.hardware import Hardware
 from ssa_megatron.planning.rank_shapes import Cut, cut, parameters
@@ -136,7 +137,9 @@ def attention(recipe: Recipe, c: Cut, gpu: Hardware, document: int | None) -> fl
         "moba": sparse,
         "nsa": sparse + dense(2 * min(a.window, seen)) + dense(seen / a.block_size),
     }
-    return kinds[a.kind] + 2 * GATES[a.kind] * c.query * 20 / gpu.bandwidth  # gates are element-wise kernels there
+    return (
+        kinds[a.kind] + 2 * KINDS[a.kind].gates * c.query * 20 / gpu.bandwidth
+    )  # gates are element-wise kernels there
 
 
 def _of_width(rows: tuple[tuple[int, float], ...], width: int) -> float:

@@ -8,7 +8,7 @@ from collections import deque
 
 
 class Console:
-    def __init__(self, *, total_steps: int, interval: int, enabled: bool):
+    def __init__(self, total_steps: int, interval: int, *, enabled: bool):
         self.total, self.interval, self.enabled = total_steps, interval, enabled
         self._marks: deque[tuple[float, int]] = deque(maxlen=21)
         self._began = time.monotonic()

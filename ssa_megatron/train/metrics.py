@@ -8,9 +8,10 @@ import json
 import os
 from pathlib import Path
 
+from ssa_megatron.config import Recipe
 from ssa_megatron.errors import RunFolderError
 from ssa_megatron.files import replace_durably
-from ssa_megatron.train.loggers import Loggers
+from ssa_megatron.train.loggers import Loggers, open_loggers
 
 
 class Metrics:
@@ -23,6 +24,12 @@ class Metrics:
         self._file = path.open("ab", buffering=0)
         self._waiting = b""
         self._boards = loggers or Loggers([])
+
+    @classmethod
+    def open(cls, recipe: Recipe, run: Path, resume_step: int) -> "Metrics":
+        """The run's metrics.jsonl and the loggers that its recipe asks for."""
+        loggers = open_loggers(recipe, run, resume_step=resume_step)
+        return cls(run / "metrics.jsonl", resume_step=resume_step, loggers=loggers)
 
     def write(self, step: int, values: dict) -> str | None:
         """`values` of one step; numbers and strings. The line is in the file when this returns, or it returns why not."""

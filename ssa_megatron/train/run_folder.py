@@ -134,7 +134,7 @@ def check_same_run(path: Path, recipe: Recipe) -> None:
 
 
 def _environment(parallel: "ParallelState") -> dict:
-    import torch
+    from ssa_megatron.parallel.device import gpu_name
 
     packages = ("torch", "triton", "megatron-core", "deepspeed", "mosaicml-streaming", "sentencepiece", "transformers")
     versions = {}
@@ -152,5 +152,5 @@ def _environment(parallel: "ParallelState") -> dict:
         "packages": versions,
         "world": parallel.world_size,
         "device": str(parallel.device),
-        "gpu": torch.cuda.get_device_name(parallel.device) if parallel.device.type == "cuda" else None,
+        "gpu": gpu_name(),
     }

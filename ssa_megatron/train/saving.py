@@ -6,37 +6,31 @@ before that one's update. What a failed save costs is that checkpoint: training 
 
 import time
 from dataclasses import asdict
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ssa_megatron.checkpoint.writer import PendingCheckpoint, prune
-from ssa_megatron.config import Recipe
-from ssa_megatron.parallel.state import ParallelState
-from ssa_megatron.train.console import Console
-from ssa_megatron.zero.optimizer import ShardedOptimizer
+from ssa_megatron.train.resume import Progress
+
+if TYPE_CHECKING:
+    from ssa_megatron.train.trainer import Trainer
 
 
 class Saver:
     """Every rank holds one and calls it in the same step."""
 
-    def __init__(
-        self,
-        run: Path,
-        optimizer: ShardedOptimizer,
-        recipe: Recipe,
-        parallel: ParallelState,
-        console: Console,
-        tokenizer_fingerprint: str,
-    ):
-        self.run, self._optimizer, self._recipe, self._parallel = run, optimizer, recipe, parallel
-        self._console, self._fingerprint = console, tokenizer_fingerprint
+    def __init__(self, trainer: "Trainer", *, newest: int):
+        """newest: the step of the checkpoint that was restored, or 0."""
+        self._run, self._optimizer, self._recipe = trainer.folder.path, trainer.optimizer, trainer.recipe
+        self._parallel, self._console = trainer.parallel, trainer.console
+        self._fingerprint = trainer.tokenizer.fingerprint
         self._pending: PendingCheckpoint | None = None
         self._began, self._keep = 0.0, True
         self.waited = 0.0
         """Seconds that the last `finish` held the training thread."""
-        self.newest = 0
+        self.newest = newest
         """The step whose checkpoint is committed, or was begun and has not failed."""
 
-    def begin(self, progress, data: dict) -> None:
+    def begin(self, progress: Progress, data: dict) -> None:
         """Begin the checkpoint of `progress.step`; `data` is the stream's position."""
         # While steps are being skipped the weights may be what makes them non-finite: such a checkpoint must not push good ones
         # out. The last step of a run is kept beside them, not instead of them.
@@ -48,7 +42,7 @@ class Saver:
             return
         self._began, self.newest = time.monotonic(), progress.step
         self._pending = PendingCheckpoint(
-            self.run,
+            self._run,
             self._optimizer,
             self._recipe,
             self._parallel,
@@ -65,7 +59,7 @@ class Saver:
         waiting = time.monotonic()
         problem = pending.finish()
         if self._parallel.is_rank0 and self._keep and not problem:
-            prune(self.run, self._recipe.checkpoint.keep, newest=pending.step)
+            prune(self._run, self._recipe.checkpoint.keep, newest=pending.step)
         self.waited = time.monotonic() - waiting
         if problem:
             self.newest = self.newest if problem.startswith("committed") else 0

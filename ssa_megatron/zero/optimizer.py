@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ssa_megatron.config import Recipe
 from ssa_megatron.model.names import named_parameters
+from ssa_megatron.parallel.device import fused_optimizer
 from ssa_megatron.parallel.state import Mpu, ParallelState
 from ssa_megatron.zero.ds_config import deepspeed_config
 from ssa_megatron.zero.shards import Fragment, PartitionedWeights, SharedWeights
@@ -59,7 +60,7 @@ class ShardedOptimizer:
             {"params": [p for p in parameters if p.dim() > 1], "weight_decay": o.weight_decay},
             {"params": [p for p in parameters if p.dim() == 1], "weight_decay": 0.0},
         ]
-        fused = self.parallel.device.type == "cuda" or self.recipe.zero.offload_optimizer
+        fused = fused_optimizer(offloaded=self.recipe.zero.offload_optimizer)
         return torch.optim.AdamW(groups, lr=o.lr, betas=(o.beta1, o.beta2), eps=o.eps, fused=fused)
 
     def gradient(self, parameter: torch.nn.Parameter) -> Tensor | None:

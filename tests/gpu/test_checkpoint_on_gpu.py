@@ -5,9 +5,8 @@ import torch
 
 from ssa_megatron.checkpoint.reader import Checkpoint, load_into
 from ssa_megatron.checkpoint.writer import PendingCheckpoint, save_checkpoint
-from ssa_megatron.train.step import train_step
 from tests.ssa_megatron.conftest import alone  # noqa: F401 (fixture)
-from tests.ssa_megatron.support import build, own_rows, take_steps, tiny
+from tests.ssa_megatron.support import build, own_rows, take_steps, tiny, train_step
 
 pytestmark = pytest.mark.gpu
 UNTOUCHED = ("weight", "master", "exp_avg_sq")

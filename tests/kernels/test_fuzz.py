@@ -9,7 +9,7 @@ import sys
 
 BROKEN = """
 import sys
-from ssa_kernels import triton_sparse
+from ssa_kernels.triton import sparse as triton_sparse
 right = triton_sparse.forward
 def wrong(*arguments, **options):
     o, lse = right(*arguments, **options)

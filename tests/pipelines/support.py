@@ -10,7 +10,7 @@ ROW_LENGTH = 77  # odd, and shorter than most documents
 SETTINGS = {
     "row_length": ROW_LENGTH,
     "validation_fraction": 0.1,
-    "dp_cp_size": 40_000,
+    "shard_size": 40_000,
     "part_bytes": 1 << 16,
     "seed": 5,
 }

@@ -70,10 +70,19 @@ def own_rows(recipe: Recipe, parallel, step: int):
     return iter(global_batch(recipe, step)[parallel.dp_rank :: parallel.dp_size])
 
 
+def train_step(model, optimizer, rows, recipe: Recipe, parallel, *, step: int, lr: float, before_update=lambda: None):
+    """One optimizer step as the trainer takes it; `before_update` runs where the trainer finishes a checkpoint."""
+    from ssa_megatron.train.step import StepRunner
+
+    runner = StepRunner(model, optimizer, recipe, parallel)
+    drawn = runner.draw(rows, step=step)
+    losses = runner.compute(drawn)
+    before_update()
+    return runner.update(drawn, losses, lr=lr)
+
+
 def take_steps(model, optimizer, recipe: Recipe, parallel, first: int, last: int) -> list:
     """Steps `first` up to, not including, `last`."""
-    from ssa_megatron.train.step import train_step
-
     return [
         train_step(model, optimizer, own_rows(recipe, parallel, step), recipe, parallel, step=step, lr=1e-3)
         for step in range(first, last)
@@ -152,13 +161,13 @@ def global_tensors(pieces, recipe: Recipe, parallel) -> dict[str, Tensor]:
         named, end = fragment.named, fragment.start + fragment.numel
         if named.tied_copy or (named.replicated and parallel.tp_rank > 0):
             continue  # another rank holds the same
-        for block in named.blocks:
-            first, last = max(fragment.start, block.start), min(end, block.start + block.numel)
+        for slab in named.slabs:
+            first, last = max(fragment.start, slab.start), min(end, slab.start + slab.numel)
             if first < last:
-                part = torch.zeros(block.numel)
-                part[first - block.start : last - block.start] = values[first - fragment.start : last - fragment.start]
-                index = tuple(slice(o, o + n) for o, n in zip(block.offset, block.shape, strict=True))
-                found[block.name][index] += part.view(block.shape)
+                part = torch.zeros(slab.numel)
+                part[first - slab.start : last - slab.start] = values[first - fragment.start : last - fragment.start]
+                index = tuple(slice(o, o + n) for o, n in zip(slab.offset, slab.shape, strict=True))
+                found[slab.name][index] += part.view(slab.shape)
     for tensor in found.values():
         dist.all_reduce(tensor, group=parallel.gloo_group)
     return found

@@ -16,8 +16,7 @@ from ssa_megatron.checkpoint.reader import Checkpoint, load_into
 from ssa_megatron.checkpoint.writer import PendingCheckpoint, save_checkpoint
 from ssa_megatron.model.shapes import global_shapes
 from ssa_megatron.parallel.state import finalize, initialize
-from ssa_megatron.train.step import train_step
-from tests.ssa_megatron.support import build, own_rows, take_steps, tiny
+from tests.ssa_megatron.support import build, own_rows, take_steps, tiny, train_step
 
 ROUNDS = 5
 

@@ -15,8 +15,7 @@ from megatron.core import parallel_state
 from ssa_megatron.checkpoint.reader import load_into, newest_valid
 from ssa_megatron.checkpoint.writer import PendingCheckpoint, save_checkpoint
 from ssa_megatron.parallel.state import finalize, initialize, world_size
-from ssa_megatron.train.step import train_step
-from tests.ssa_megatron.support import build, changed_deepspeed, own_rows, small_buckets, take_steps, tiny
+from tests.ssa_megatron.support import build, changed_deepspeed, own_rows, small_buckets, take_steps, tiny, train_step
 
 STEPS = 3
 PRECISIONS = ("fp32", "bf16")

@@ -17,8 +17,7 @@ from ssa_megatron.checkpoint.manifest import committed
 from ssa_megatron.checkpoint.reader import Checkpoint
 from ssa_megatron.checkpoint.writer import PendingCheckpoint, save_checkpoint
 from ssa_megatron.parallel.state import finalize, initialize
-from ssa_megatron.train.step import train_step
-from tests.ssa_megatron.support import build, own_rows, take_steps, tiny
+from tests.ssa_megatron.support import build, own_rows, take_steps, tiny, train_step
 
 STAGES = (1, 2, 3)
 
@@ -76,14 +75,14 @@ def full_disk(run: Run) -> dict:
     """Rank 1 finds no room; rank 0 does."""
     said = []
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    if run.context.rank == 1:
+    if run.parallel.rank == 1:
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
     pending = run.save(4, pending=True)
     result = run.step(3, lambda: said.append(pending.finish()))
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    run.context.barrier()
+    run.parallel.barrier()
     entries = sorted(path.name for path in (run.folder / "checkpoints").iterdir())
-    run.context.barrier()
+    run.parallel.barrier()
     assert run.save(5, pending=False) is None
     return {
         "said": said,

@@ -26,7 +26,7 @@ def build_rank(recipe, world: int, rank: int) -> dict:
     with torch.device("meta"):
         model = build_chunks(recipe, parallel)
     assert all(p.is_meta for p in model.parameters())
-    blocks = [block for named in named_parameters(model, recipe, parallel) for block in named.blocks]
+    blocks = [block for named in named_parameters(model, recipe, parallel) for block in named.slabs]
     found = {
         "tensor": parallel.tp_rank,
         "pipeline": parallel.pp_rank,

@@ -16,8 +16,8 @@ import torch.distributed as dist
 
 from ssa_megatron.model.build import build_model
 from ssa_megatron.parallel.state import finalize, initialize
-from ssa_megatron.train.step import draw_batches, forward_backward, train_step
-from tests.ssa_megatron.support import build, global_batch, gradients_at_step, own_rows, tiny
+from ssa_megatron.train.step import Drawn, draw_batches, forward_backward
+from tests.ssa_megatron.support import build, global_batch, gradients_at_step, own_rows, tiny, train_step
 
 ZERO = {
     "ZeRO-1": {},
@@ -40,8 +40,10 @@ def fp64_sums(recipe, parallel, count: int, counted: float) -> list[torch.Tensor
     model = build_model(recipe, parallel)  # plain: no DeepSpeed, nothing accumulates
     model.train()
     sums = [torch.zeros(p.shape, dtype=torch.float64) for p in model.parameters()]
-    for batch in draw_batches(own_rows(recipe, parallel, 0), recipe, parallel, step=0, count=count):
-        forward_backward(model, [batch], recipe, parallel, counted=counted)
+    share = {"alignment_weight": recipe.attention.alignment_weight / count}  # each pass below is one of `count`
+    alone = recipe.model_copy(update={"attention": recipe.attention.model_copy(update=share)})
+    for batch in draw_batches(own_rows(recipe, parallel, 0), recipe, parallel, step=0):
+        forward_backward(model, Drawn([batch], counted), alone, parallel)
         for total, parameter in zip(sums, model.parameters(), strict=True):
             gradient = parameter.grad.double()
             if getattr(parameter, "sequence_parallel", False):  # each tensor-parallel rank saw its own tokens
@@ -71,14 +73,14 @@ def gradients(precision: str, parallel, **overrides) -> dict:
         **overrides,
     )
     count = 16 // parallel.dp_size
-    batches = draw_batches(own_rows(recipe, parallel, 0), recipe, parallel, step=0, count=count)
-    counted = parallel.all_reduce_sum(sum(int(batch.counted.sum()) for batch in batches))
-    want = fp64_sums(recipe, parallel, count, counted)
+    batches = draw_batches(own_rows(recipe, parallel, 0), recipe, parallel, step=0)
+    drawn = Drawn(batches, parallel.all_reduce_sum(sum(int(batch.counted.sum()) for batch in batches)))
+    want = fp64_sums(recipe, parallel, count, drawn.counted)
 
     model, optimizer = build(recipe, parallel)
     model.train()
     before = [f.master.clone() for f in optimizer.fragments()]
-    forward_backward(model, batches, recipe, parallel, counted=counted, engine=optimizer.backward_engine)
+    forward_backward(model, drawn, recipe, parallel, engine=optimizer.backward_engine)
     optimizer.finish_gradients()
     with gradients_at_step(optimizer) as found:
         norm, applied = optimizer.step(lr=1e-2)

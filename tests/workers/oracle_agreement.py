@@ -14,7 +14,7 @@ from ssa_megatron.config import resolve
 from ssa_megatron.model.build import build_model
 from ssa_megatron.model.names import named_parameters
 from ssa_megatron.parallel.state import finalize, initialize
-from ssa_megatron.train.step import draw_batches, forward_backward, reduce_losses
+from ssa_megatron.train.step import Drawn, draw_batches, forward_backward
 from ssa_megatron.zero.optimizer import ShardedOptimizer
 from tests.oracle.model import OracleConfig, losses, random_weights
 from tests.ssa_megatron.support import global_tensors, gradients_at_step
@@ -58,9 +58,9 @@ def case_recipe(kind: str, tied: bool, overrides: dict):
 def set_weights(model, recipe, parallel, weights) -> None:
     for named in named_parameters(model, recipe, parallel):
         flat = named.parameter.data.view(-1)
-        for block in named.blocks:
-            part = weights[block.name][tuple(slice(o, o + n) for o, n in zip(block.offset, block.shape, strict=True))]
-            flat[block.start : block.start + block.numel] = part.float().flatten()
+        for slab in named.slabs:
+            part = weights[slab.name][tuple(slice(o, o + n) for o, n in zip(slab.offset, slab.shape, strict=True))]
+            flat[slab.start : slab.start + slab.numel] = part.float().flatten()
 
 
 def oracle_values(config, weights, tokens, starts, trunks, alignment_weight):
@@ -98,19 +98,18 @@ def run_case(kind: str, trunk: str, tied: bool, overrides: dict, parallel) -> di
     model = build_model(recipe, parallel)
     set_weights(model, recipe, parallel, weights)
     optimizer = ShardedOptimizer(model, recipe, parallel)
-    count = recipe.train.global_batch_rows // (2 * parallel.dp_size)
     mine = [Rows(tokens[2 * g : 2 * g + 2], starts[2 * g : 2 * g + 2])
             for g in range(parallel.dp_rank, 2, parallel.dp_size)]  # fmt: skip
-    batches = draw_batches(iter(mine), recipe, parallel, step=0, count=count)
+    batches = draw_batches(iter(mine), recipe, parallel, step=0)
     trunks = [None, None]
     for own in parallel.all_gather_object(
         [(i * parallel.dp_size + parallel.dp_rank, b.trunk) for i, b in enumerate(batches)]
     ):
         for number, drawn in own:
             trunks[number] = drawn
-    counted = parallel.all_reduce_sum(sum(int(b.counted.sum()) for b in batches))
-    ce = forward_backward(model, batches, recipe, parallel, counted=counted, engine=optimizer.backward_engine)
-    loss, alignment, _ = reduce_losses(ce, batches, recipe, parallel, counted=counted)
+    drawn = Drawn(batches, parallel.all_reduce_sum(sum(int(b.counted.sum()) for b in batches)))
+    losses = forward_backward(model, drawn, recipe, parallel, engine=optimizer.backward_engine).losses()
+    loss, alignment = losses.cross_entropy, losses.alignment
     optimizer.finish_gradients()
     with gradients_at_step(optimizer) as at_step:
         norm, _ = optimizer.step(lr=1e-3)

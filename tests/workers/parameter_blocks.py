@@ -33,10 +33,10 @@ def describe(case: str, parallel) -> dict:
     model = build_model(recipe, parallel)
     parameters, parts = [], []
     for named in named_parameters(model, recipe, parallel):
-        blocks = [[b.name, list(b.global_shape), list(b.offset), list(b.shape), b.start] for b in named.blocks]
+        blocks = [[b.name, list(b.global_shape), list(b.offset), list(b.shape), b.start] for b in named.slabs]
         parameters.append({"numel": named.parameter.numel(), "replicated": named.replicated, "blocks": blocks})
         flat = named.parameter.detach().view(-1)
-        for b in named.blocks:
+        for b in named.slabs:
             parts.append((b.name, b.offset, flat[b.start : b.start + b.numel].view(b.shape)))
     whole = {name: torch.full(shape, torch.nan) for name, shape in global_shapes(recipe).items()}
     for name, offset, part in (piece for own in parallel.all_gather_object(parts) for piece in own):

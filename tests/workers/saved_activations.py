@@ -12,6 +12,7 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 from ssa_kernels import api
+from ssa_megatron.model.batch import ForwardContext
 from ssa_megatron.model.build import build_model
 from ssa_megatron.parallel.state import finalize, initialize
 from ssa_megatron.train.step import draw_batches
@@ -55,9 +56,7 @@ def kept(recipe, parallel) -> int:
     model.train()
     shape = (recipe.train.micro_batch_rows, ROW)
     starts = (torch.arange(ROW, dtype=torch.int32) // DOCUMENT * DOCUMENT).expand(shape).contiguous()
-    [batch] = draw_batches(
-        iter([Rows(torch.zeros(shape, dtype=torch.int64), starts)]), recipe, parallel, step=0, count=1
-    )
+    [batch] = draw_batches(iter([Rows(torch.zeros(shape, dtype=torch.int64), starts)]), recipe, parallel, step=0)
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     found, alive = {}, []
 
@@ -68,9 +67,9 @@ def kept(recipe, parallel) -> int:
             alive.append(tensor)  # an address is not used twice
         return tensor
 
-    batch = batch.with_rotary(recipe)
+    context = ForwardContext.begin(batch, recipe)
     with saved_tensors_hooks(pack, lambda tensor: tensor):
-        model(batch.tokens, None, None, labels=batch.labels, packed_seq_params=batch)
+        model(batch.tokens, None, None, labels=batch.labels, packed_seq_params=context)
     return sum(found.values())
 
 

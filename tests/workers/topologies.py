@@ -20,8 +20,7 @@ from megatron.core import parallel_state
 
 from ssa_megatron.config import Recipe, resolve
 from ssa_megatron.parallel.state import finalize, initialize, world_size
-from ssa_megatron.parallel.topology import micro_batches
-from ssa_megatron.train.step import draw_batches, forward_backward, reduce_losses
+from ssa_megatron.train.step import StepRunner
 from tests.ssa_megatron.support import (
     build,
     changed_deepspeed,
@@ -80,21 +79,18 @@ def run_case(recipe: Recipe, parallel, trap: str | None = None) -> dict:
     with changed_deepspeed(small_buckets), before():
         model, optimizer = build(recipe, parallel)
     after(model if isinstance(model, list) else [model], optimizer)
-    count = micro_batches(recipe, parallel.world_size)
     results = {"losses": [], "alignments": [], "norms": []}
     for step in range(STEPS):
-        batches = draw_batches(own_rows(recipe, parallel, step), recipe, parallel, step=step, count=count)
-        counted = parallel.all_reduce_sum(sum(int(batch.counted.sum()) for batch in batches))
-        ce = forward_backward(model, batches, recipe, parallel, counted=counted, engine=optimizer.backward_engine)
-        loss, alignment, _ = reduce_losses(ce, batches, recipe, parallel, counted=counted)
+        runner = StepRunner(model, optimizer, recipe, parallel)
+        losses = runner.compute(runner.draw(own_rows(recipe, parallel, step), step=step))
         optimizer.finish_gradients()
         with gradients_at_step(optimizer) as at_step:
             norm, applied = optimizer.step(1e-3)
         if step == 0:
             results["gradients"] = global_tensors(at_step, recipe, parallel)
         assert applied
-        results["losses"].append(loss)
-        results["alignments"].append(alignment)
+        results["losses"].append(losses.cross_entropy)
+        results["alignments"].append(losses.alignment)
         results["norms"].append(norm)
     masters = ((fragment, fragment.master) for fragment in optimizer.fragments())
     results["parameters"] = global_tensors(masters, recipe, parallel)

@@ -373,7 +373,7 @@ def test_a_rank_reads_the_rows_it_keeps_and_not_the_whole_tensor(written, traine
             found = list(_fragment_values(checkpoint, share, "master"))
             for place, values in found:
                 assert torch.equal(values, whole[first : first + share.numel][place])
-            width = max(math.prod(block.shape[1:]) for block in fragment.named.blocks)
+            width = max(math.prod(block.shape[1:]) for block in fragment.named.slabs)
             assert sum(read) < share.numel + 2 * width * len(found)
 
 

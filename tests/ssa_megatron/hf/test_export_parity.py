@@ -43,7 +43,7 @@ class Trainer:
     @torch.no_grad()
     def logits(self, tokens: torch.Tensor, mode: str) -> torch.Tensor:
         """[1, N] -> [1, N, vocabulary]."""
-        from ssa_megatron.model.batch import SSABatch
+        from ssa_megatron.model.batch import ForwardContext, SSABatch
         from ssa_megatron.model.build import build_model
         from tests.workers.oracle_agreement import set_weights
 
@@ -57,8 +57,8 @@ class Trainer:
             model = self.models[kind, count] = build_model(recipe, self.parallel).eval()
             set_weights(model, recipe, self.parallel, self.weights)
         starts = torch.zeros(tokens.shape, dtype=torch.int32)
-        batch = SSABatch.pack(recipe, tokens, starts, self.parallel, trunk=mode, alignment_scale=0.0)
-        return self.models[kind, count](tokens, None, None, packed_seq_params=batch.with_rotary(recipe))
+        batch = SSABatch.pack(tokens, starts, self.parallel, trunk=mode)
+        return self.models[kind, count](tokens, None, None, packed_seq_params=ForwardContext.begin(batch, recipe))
 
 
 @pytest.fixture(scope="module")

@@ -1,11 +1,12 @@
 """What a packed row predicts: labels stay inside their document, and every layer is told the same boundaries."""
 
+import dataclasses
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from ssa_megatron.model.batch import SSABatch, next_tokens
+from ssa_megatron.model.batch import ForwardContext, SSABatch, next_tokens
 from ssa_megatron.model.rope import rotary_table
 from tests.ssa_megatron.support import tiny
 
@@ -53,25 +54,33 @@ def test_rows_of_a_micro_batch_do_not_touch():
 
 def test_pack_does_not_change_what_the_stream_gave():
     tokens, starts = TOKENS.clone(), STARTS.clone()
-    SSABatch.pack(tiny(), tokens, starts, place(), trunk="full", alignment_scale=0.1)
+    SSABatch.pack(tokens, starts, place(), trunk="full")
     assert torch.equal(tokens, TOKENS)
     assert torch.equal(starts, STARTS)
 
 
 def test_pack_restarts_positions_at_each_document_in_sequence_first_layout():
     recipe = tiny()
-    batch = SSABatch.pack(recipe, TOKENS, STARTS, place(), trunk="sparse", alignment_scale=0.25).with_rotary(recipe)
+    batch = SSABatch.pack(TOKENS, STARTS, place(), trunk="sparse")
+    context = ForwardContext.begin(batch, recipe, alignment_scale=0.25)
     positions = torch.tensor([[0, 1, 2, 0, 0, 1, 2, 3, 0, 0]])
     expected = rotary_table(positions, recipe.model.head_dim, recipe.model.rope_theta, None)
-    assert all(torch.equal(a, b) for a, b in zip(batch.rotary, expected, strict=True))
-    assert batch.rotary[0].shape == (10, 1, 1, recipe.model.head_dim)
-    assert (batch.trunk, batch.alignment_scale) == ("sparse", 0.25)
+    assert all(torch.equal(a, b) for a, b in zip(context.rotary, expected, strict=True))
+    assert context.rotary[0].shape == (10, 1, 1, recipe.model.head_dim)
+    assert (batch.trunk, context.alignment_scale) == ("sparse", 0.25)
 
 
-def test_two_micro_batches_share_no_list_of_losses():
-    one, two = (SSABatch.pack(tiny(), TOKENS, STARTS, place(), trunk="full", alignment_scale=1.0) for _ in range(2))
-    one.alignment.append(torch.ones(()))
-    assert two.alignment == []
+def test_a_batch_cannot_be_changed():
+    batch = SSABatch.pack(TOKENS, STARTS, place(), trunk="full")
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        batch.trunk = "sparse"
+
+
+def test_two_forward_passes_share_no_list_of_losses():
+    batch = SSABatch.pack(TOKENS, STARTS, place(), trunk="full")
+    one, two = (ForwardContext.begin(batch, tiny()) for _ in range(2))
+    one.collector.alignment.append(torch.ones(()))
+    assert two.collector.alignment == []
 
 
 @pytest.mark.parametrize("size", [2, 3])
@@ -79,10 +88,8 @@ def test_context_parallel_ranks_share_a_row_and_lose_nothing(size):
     tokens = torch.arange(12 * size).view(2, -1)
     starts = torch.zeros(tokens.shape, dtype=torch.int32)
     starts[:, 5:] = 5
-    whole = SSABatch.pack(tiny(), tokens, starts, place(), trunk="full", alignment_scale=1.0)
-    parts = [
-        SSABatch.pack(tiny(), tokens, starts, place(r, size), trunk="full", alignment_scale=1.0) for r in range(size)
-    ]
+    whole = SSABatch.pack(tokens, starts, place(), trunk="full")
+    parts = [SSABatch.pack(tokens, starts, place(r, size), trunk="full") for r in range(size)]
     where = torch.cat([part.query_index for part in parts]).long()
     assert sorted(where.tolist()) == list(range(6 * size))
     for name in ("tokens", "labels", "counted", "positions"):
@@ -94,4 +101,4 @@ def test_context_parallel_ranks_share_a_row_and_lose_nothing(size):
 
 def test_rows_of_one_document_carry_no_boundaries():
     starts = torch.zeros_like(STARTS)
-    assert SSABatch.pack(tiny(), TOKENS, starts, place(), trunk="full", alignment_scale=1.0).doc_starts is None
+    assert SSABatch.pack(TOKENS, starts, place(), trunk="full").doc_starts is None

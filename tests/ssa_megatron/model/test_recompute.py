@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ssa_megatron.model.build import build_model
-from ssa_megatron.train.step import draw_batches, forward_backward
+from ssa_megatron.train.step import Drawn, draw_batches, forward_backward
 from tests.ssa_megatron.support import own_rows, tiny
 
 
@@ -24,11 +24,17 @@ def measure(parallel, recompute: str):
     for layer in model.chunks[0].decoder.layers:
         layer.self_attention.core_attention.register_forward_pre_hook(count("core"))
         layer.mlp.register_forward_pre_hook(count("mlp"))
-    batches = draw_batches(own_rows(recipe, parallel, 0), recipe, parallel, step=0, count=2)
-    loss = forward_backward(model, batches, recipe, parallel, counted=100.0)
+    batches = draw_batches(own_rows(recipe, parallel, 0), recipe, parallel, step=0)
+    done = forward_backward(model, Drawn(batches, 100.0), recipe, parallel)
     layers = recipe.model.num_layers * len(batches)
-    alignment = [torch.stack(batch.alignment).sort().values for batch in batches]
-    return passes["core"] / layers, passes["mlp"] / layers, loss, alignment, [p.grad for p in model.parameters()]
+    alignment = [torch.stack(collector.alignment).sort().values for collector in done.collectors]
+    return (
+        passes["core"] / layers,
+        passes["mlp"] / layers,
+        done.cross_entropy,
+        alignment,
+        [p.grad for p in model.parameters()],
+    )
 
 
 @pytest.mark.parametrize(("recompute", "core", "mlp"), [("none", 1, 1), ("selective", 2, 1), ("full", 2, 2)])

@@ -8,14 +8,14 @@ import sys
 import pytest
 import torch
 
-from ssa_megatron.model.trunk import mode
+from ssa_megatron.model.trunk import draw_trunk
 from tests.launch import environment
 
 PINNED = "fsfssssssfffffssssssssfsssssfsssffsffsssfsfffsfsffsffsssffff"
 
 
 def draws(seed: int, count: int, probability: float = 0.5) -> list[str]:
-    return [mode(seed, step, microbatch, probability) for step in range(count // 10) for microbatch in range(10)]
+    return [draw_trunk(seed, step, microbatch, probability) for step in range(count // 10) for microbatch in range(10)]
 
 
 def test_known_draws_stay_what_they_are():
@@ -33,9 +33,8 @@ def test_the_global_random_state_is_neither_read_nor_moved():
 
 
 def test_another_process_of_any_rank_draws_the_same():
-    program = (
-        "from ssa_megatron.model.trunk import mode; print(''.join(mode(1234, i // 10, i % 10)[0] for i in range(60)))"
-    )
+    program = "from ssa_megatron.model.trunk import draw_trunk; "
+        "print(''.join(draw_trunk(1234, i // 10, i % 10)[0] for i in range(60)))"
     found = subprocess.run(
         [sys.executable, "-c", program],
         env=environment(RANK="3", WORLD_SIZE="8", LOCAL_RANK="3", PYTHONHASHSEED="5"),
@@ -62,10 +61,10 @@ def test_seed_step_and_micro_batch_each_change_the_draws():
     def sequence(of):
         return [of(i) for i in range(64)]
 
-    reference = sequence(lambda i: mode(1, i, 0))
-    assert sequence(lambda i: mode(2, i, 0)) != reference
-    assert sequence(lambda i: mode(1, i, 1)) != reference
-    assert sequence(lambda i: mode(1, 0, i)) != reference
+    reference = sequence(lambda i: draw_trunk(1, i, 0))
+    assert sequence(lambda i: draw_trunk(2, i, 0)) != reference
+    assert sequence(lambda i: draw_trunk(1, i, 1)) != reference
+    assert sequence(lambda i: draw_trunk(1, 0, i)) != reference
 
 
 def test_neighbouring_draws_are_independent():

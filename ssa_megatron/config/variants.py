@@ -1,0 +1,26 @@
+"""The fields of a recipe that name a variant, and where the variants live. Reading a recipe checks the name, and no more."""
+
+from typing import TYPE_CHECKING, Annotated
+
+from pydantic import AfterValidator
+
+from ssa_megatron.registry import Registry
+
+if TYPE_CHECKING:
+    from ssa_megatron.model.kinds.base import AttentionKind
+
+KINDS: "Registry[type[AttentionKind]]" = Registry(
+    "attention.kind", "ssa_megatron.model.kinds", helpers=("base", "streams")
+)
+
+
+def _known(registry: Registry) -> AfterValidator:
+    def check(name: str) -> str:
+        if name not in registry:
+            raise ValueError(f"Input should be one of {', '.join(registry.names())}")
+        return name
+
+    return AfterValidator(check)
+
+
+KindName = Annotated[str, _known(KINDS)]
