@@ -33,8 +33,10 @@ def test_the_global_random_state_is_neither_read_nor_moved():
 
 
 def test_another_process_of_any_rank_draws_the_same():
-    program = "from ssa_megatron.model.trunk import draw_trunk; "
+    program = (
+        "from ssa_megatron.model.trunk import draw_trunk; "
         "print(''.join(draw_trunk(1234, i // 10, i % 10)[0] for i in range(60)))"
+    )
     found = subprocess.run(
         [sys.executable, "-c", program],
         env=environment(RANK="3", WORLD_SIZE="8", LOCAL_RANK="3", PYTHONHASHSEED="5"),
