@@ -178,8 +178,7 @@ def test_a_scratch_folder_on_another_disk_is_as_good(tmp_path, prepared, documen
 
 
 PREPARE_AND_DIE = """
-import os, signal, sys, pipelines
-from ssa_pipelines import preparation
+import os, signal, sys, ssa_pipelines
 
 def die_after(number):
     def progress(stage, done, total):
