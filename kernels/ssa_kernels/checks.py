@@ -15,7 +15,7 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 def need(condition: bool, name: str, got, expected: str) -> None:
     if not condition:
-        raise KernelArgumentError(f"{name}: got {got}, expected {expected}")
+        raise KernelArgumentError(name, got, expected)
 
 
 def whole(value, least: int) -> bool:

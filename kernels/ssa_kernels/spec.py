@@ -5,13 +5,24 @@ Plain data and one error type, so that every backend and every caller can import
 It refuses nothing by itself; `checks.py` does.
 """
 
+import re
 from typing import NamedTuple
 
 from torch import Tensor
 
 
 class KernelArgumentError(ValueError):
-    """An argument of a public function is wrong; the text names the argument, the value it got and what is expected."""
+    """An argument of a public function is wrong: its name, the value it got and what is expected.
+
+    `id` is stable, for tests and scripts: the name without indices (`q.shape` for `q.shape[2] (Hq)`).
+    """
+
+    def __init__(self, name: str, got: object, expected: str):
+        super().__init__(name, got, expected)
+        self.id = re.split(r"[\[ ]", name)[0]
+
+    def __str__(self) -> str:
+        return "{}: got {}, expected {}".format(*self.args)
 
 
 class BlockSpec(NamedTuple):

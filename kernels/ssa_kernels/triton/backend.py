@@ -32,16 +32,14 @@ MOST_SELECTED = 1 << 31  # entries of a selection, which the inverse index numbe
 def refuse(q: Tensor, k: Tensor | None = None, count: int = 0) -> None:
     """Name what these kernels cannot run; `count`: blocks selected by each token and head of k."""
     if q.dtype == torch.float64:
-        raise KernelArgumentError("q.dtype: got float64, expected float16, bfloat16 or float32 (or backend='torch')")
+        raise KernelArgumentError("q.dtype", "float64", "float16, bfloat16 or float32 (or backend='torch')")
     if q.shape[3] > 256:
-        raise KernelArgumentError(f"q.shape[3]: got {q.shape[3]}, expected at most 256 (or backend='torch')")
+        raise KernelArgumentError("q.shape[3]", q.shape[3], "at most 256 (or backend='torch')")
     if q.shape[0] > MOST_ROWS:
-        raise KernelArgumentError(f"q.shape[0]: got {q.shape[0]}, expected at most {MOST_ROWS} (or backend='torch')")
+        raise KernelArgumentError("q.shape[0]", q.shape[0], f"at most {MOST_ROWS} (or backend='torch')")
     entries = 0 if k is None else q.shape[0] * q.shape[1] * k.shape[2] * count
     if entries >= MOST_SELECTED:
-        raise KernelArgumentError(
-            f"spec.block_count: got {count}, a selection of {entries} blocks, expected fewer than 2^31"
-        )
+        raise KernelArgumentError("spec.block_count", f"{count}, a selection of {entries} blocks", "fewer than 2^31")
 
 
 def _flat(x: Tensor | None) -> Tensor | None:
