@@ -299,7 +299,8 @@ def main() -> None:
     except Exception as error:
         kernels = sys.modules.get("ssa_kernels.spec")  # it imports torch, which most verbs do without
         if kernels is not None and isinstance(error, kernels.KernelArgumentError):
-            fail(ConfigError(str(error), remedy="change the attention section of the recipe"))
+            remedy = "change the attention section of the recipe"
+            fail(ConfigError(str(error), remedy=remedy, id="kernel-argument"))
         # usage errors of the argument parser know how to show themselves
         if hasattr(error, "show") and hasattr(error, "exit_code"):
             error.show()

@@ -157,7 +157,9 @@ def _named(sources: list[str]) -> list[str] | dict[str, list[str]]:
         return sources
     if not all(pairs):
         plain = next(source for source, pair in zip(sources, pairs, strict=True) if not pair)
-        raise ConfigError(f"source {plain!r} has no name and others have", remedy=f"write NAME={plain}")
+        raise ConfigError(
+            f"source {plain!r} has no name and others have", remedy=f"write NAME={plain}", id="source-without-name"
+        )
     named: dict[str, list[str]] = {}
     for pair in pairs:
         named.setdefault(pair[1], []).append(pair[2])

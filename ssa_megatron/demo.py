@@ -38,7 +38,9 @@ def run_demo(out: Path) -> None:
     began = time.monotonic()
     marker = out / "made-by-ssa-demo"
     if out.exists() and any(out.iterdir()) and not marker.exists():
-        raise ConfigError(f"{out} holds something that no demo made", remedy="give another folder with --out")
+        raise ConfigError(
+            f"{out} holds something that no demo made", remedy="give another folder with --out", id="demo-folder-taken"
+        )
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     marker.touch()

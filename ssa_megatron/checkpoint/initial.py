@@ -82,6 +82,7 @@ def check_start(checkpoint: Checkpoint, recipe: Recipe) -> None:
     raise CheckpointError(
         f"{checkpoint.folder} holds the weights of another model:\n  " + "\n  ".join(lines),
         remedy="put the values above back, or import into another run folder",
+        id="checkpoint-of-another-model",
     )
 
 

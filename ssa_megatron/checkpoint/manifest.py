@@ -58,19 +58,24 @@ class Manifest:
             values = json.loads(path.read_text())
             if values["format"] != FORMAT:
                 raise CheckpointError(
-                    f"{path}: another format version", remedy="load it with the release that wrote it"
+                    f"{path}: another format version",
+                    remedy="load it with the release that wrote it",
+                    id="checkpoint-format-version",
                 )
             if values.pop("sha256") != _sha256(values):  # a flipped digit is valid JSON and would train on
                 raise CheckpointError(
                     f"{path}: altered since it was written (its own sha256 does not match)",
                     remedy="use another checkpoint",
+                    id="manifest-altered",
                 )
             del values["format"]
             values["files"] = {name: StoredFile(**entry) for name, entry in values["files"].items()}
             return Manifest(**values)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(
-                f"{path}: not a readable manifest ({type(error).__name__}: {error})", remedy="use another checkpoint"
+                f"{path}: not a readable manifest ({type(error).__name__}: {error})",
+                remedy="use another checkpoint",
+                id="manifest-unreadable",
             ) from None
 
 

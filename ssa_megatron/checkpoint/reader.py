@@ -43,12 +43,18 @@ class Checkpoint:
             chosen = step_folder(path, step)
             if not chosen.is_dir():
                 have = ", ".join(str(int(p.name[5:])) for p in committed(path)) or "none"
-                raise CheckpointError(f"{path} has no checkpoint of step {step}", remedy=f"steps present: {have}")
+                raise CheckpointError(
+                    f"{path} has no checkpoint of step {step}",
+                    remedy=f"steps present: {have}",
+                    id="no-checkpoint-of-step",
+                )
         else:
             candidates = committed(path)
             if not candidates:
                 raise CheckpointError(
-                    f"{path} holds no committed checkpoint", remedy="give a run folder that was trained"
+                    f"{path} holds no committed checkpoint",
+                    remedy="give a run folder that was trained",
+                    id="no-committed-checkpoint",
                 )
             chosen = candidates[0]
         checkpoint = cls(chosen)
@@ -94,13 +100,18 @@ class Checkpoint:
         try:
             size = path.stat().st_size
             if size != expected.bytes:
-                raise CheckpointError(f"{path}: {size} bytes, the manifest says {expected.bytes}")
+                raise CheckpointError(
+                    f"{path}: {size} bytes, the manifest says {expected.bytes}", id="checkpoint-file-size"
+                )
             with path.open("rb") as file:
                 found = hashlib.file_digest(file, "sha256").hexdigest()
         except OSError as error:
-            raise CheckpointError(f"{path}: {error.strerror}") from None
+            raise CheckpointError(f"{path}: {error.strerror}", id="checkpoint-file-unreadable") from None
         if found != expected.sha256:
-            raise CheckpointError(f"{path}: sha256 {found[:12]}..., the manifest says {expected.sha256[:12]}...")
+            raise CheckpointError(
+                f"{path}: sha256 {found[:12]}..., the manifest says {expected.sha256[:12]}...",
+                id="checkpoint-file-altered",
+            )
 
     def tensor(self, name: str, kind: str = "weight", dtype: torch.dtype | None = None) -> Tensor:
         """The whole global tensor, on the CPU. `weight` falls back to the master where they are the same values."""
@@ -135,7 +146,8 @@ class Checkpoint:
             filled += math.prod(b - a for a, b in zip(low, high, strict=True))
         if filled != result.numel():
             raise CheckpointError(
-                f"{self.folder}: {kind} {name} covers {filled} of {result.numel()} requested elements"
+                f"{self.folder}: {kind} {name} covers {filled} of {result.numel()} requested elements",
+                id="tensor-not-covered",
             )
         return result
 
@@ -152,7 +164,10 @@ class Checkpoint:
             stored[low - first : high - first] = self._read(piece, low - begin, high - begin)
             at = high
         if at != last:
-            raise CheckpointError(f"{self.folder}: {name} is stored incompletely (elements {at}..{last} are missing)")
+            raise CheckpointError(
+                f"{self.folder}: {name} is stored incompletely (elements {at}..{last} are missing)",
+                id="tensor-incomplete",
+            )
 
     def digest(self, kinds: tuple[str, ...] = ("master", "exp_avg", "exp_avg_sq")) -> str:
         """sha256 (hex) over whole tensors in canonical order: equal for equal contents, whatever topology wrote them."""
@@ -165,24 +180,33 @@ class Checkpoint:
     def _entry(self, name: str, kind: str) -> dict:
         kinds = self.content.tensors.get(name)
         if kinds is None:
-            raise CheckpointError(f"{self.folder} holds no tensor {name!r}", remedy="it was trained with another model")
+            raise CheckpointError(
+                f"{self.folder} holds no tensor {name!r}",
+                remedy="it was trained with another model",
+                id="no-such-tensor",
+            )
         return kinds[kind] if kind in kinds or kind != "weight" else kinds["master"]
 
     def _read(self, piece: dict, first: int, last: int) -> Tensor:
         file, key, (begin, end) = piece["file"], piece["key"], piece["range"]
         if file not in self.content.files:  # then nobody has verified it
-            raise CheckpointError(f"{self.folder}: {key} lies in {file}, which the manifest does not list")
+            raise CheckpointError(
+                f"{self.folder}: {key} lies in {file}, which the manifest does not list", id="tensor-file-not-listed"
+            )
         try:
             if file not in self._open:
                 self._open[file] = safe_open(self.folder / file, framework="pt")
             found = self._open[file].get_slice(key)
             if found.get_shape() != [end - begin]:
                 raise CheckpointError(
-                    f"{self.folder / file}: {key} has shape {found.get_shape()}, the manifest says {end - begin} elements"
+                    f"{self.folder / file}: {key} has shape {found.get_shape()}, the manifest says {end - begin} elements",
+                    id="tensor-shape-differs",
                 )
             return found[first:last]
         except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{self.folder / file}: {key} cannot be read ({error})") from None
+            raise CheckpointError(
+                f"{self.folder / file}: {key} cannot be read ({error})", id="tensor-unreadable"
+            ) from None
 
 
 def newest_valid(run: Path, parallel: ParallelState) -> tuple[Checkpoint | None, list[str]]:
@@ -207,6 +231,7 @@ def newest_valid(run: Path, parallel: ParallelState) -> tuple[Checkpoint | None,
         raise CheckpointError(
             "no checkpoint of this run is intact:\n  " + "\n  ".join(rejected),
             remedy=f"restore {run / 'checkpoints'} from a copy, or move it away to start from scratch",
+            id="no-intact-checkpoint",
         )
     return None, []
 
@@ -226,11 +251,16 @@ def load_into(checkpoint: Checkpoint, optimizer: ShardedOptimizer, *, applied_st
     optimizer.restored(applied_steps)
     for fragment, parts in zip(optimizer.fragments(), stored, strict=True):
         if not torch.equal(fragment.working, fragment.master.to(fragment.working)):
-            raise CheckpointError(f"{checkpoint.folder}: working weights differ from their masters after loading")
+            raise CheckpointError(
+                f"{checkpoint.folder}: working weights differ from their masters after loading",
+                id="weights-differ-from-masters",
+            )
         for kind, target, expected in parts:
             if _bit_sum(getattr(fragment, kind)[target]) != expected:
                 name = fragment.named.slabs[0].name
-                raise CheckpointError(f"{checkpoint.folder}: {kind} of {name} is not the file's after loading")
+                raise CheckpointError(
+                    f"{checkpoint.folder}: {kind} of {name} is not the file's after loading", id="loaded-tensor-differs"
+                )
 
 
 def _bit_sum(values: Tensor) -> int:

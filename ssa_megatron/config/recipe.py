@@ -15,6 +15,7 @@ from typing import get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 
 from ssa_megatron.config.sections import Recipe
 from ssa_megatron.errors import ConfigError
@@ -45,7 +46,7 @@ def resolve(values: dict, *, origin: str) -> Recipe:
         return Recipe.model_validate(values)
     except ValidationError as error:
         raise ConfigError(
-            _explain(error, values, origin), remedy="edit the recipe or the override named above"
+            _explain(error, origin), remedy="edit the recipe or the override named above", id=_id(error.errors()[0])
         ) from None
 
 
@@ -97,18 +98,27 @@ def _read_yaml(name_or_path: str) -> dict:
             raise ConfigError(
                 f"recipe {name_or_path!r} does not exist",
                 remedy=f"{hint}packaged recipes: {', '.join(packaged_recipes())}; or give the path of a .yaml file",
+                id="no-such-recipe",
             )
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, yaml.reader.ReaderError) as error:
-        raise ConfigError(f"recipe {path} is not text: {error}", remedy="give a YAML file") from None
+        raise ConfigError(
+            f"recipe {path} is not text: {error}", remedy="give a YAML file", id="recipe-not-text"
+        ) from None
     except OSError as error:
-        raise ConfigError(f"recipe {path} cannot be read: {error.strerror}", remedy="check the path") from None
+        raise ConfigError(
+            f"recipe {path} cannot be read: {error.strerror}", remedy="check the path", id="recipe-unreadable"
+        ) from None
     except yaml.YAMLError as error:
-        raise ConfigError(f"recipe {path} is not valid YAML: {error}", remedy="fix the line named above") from None
+        raise ConfigError(
+            f"recipe {path} is not valid YAML: {error}", remedy="fix the line named above", id="recipe-not-yaml"
+        ) from None
     if not isinstance(values, dict):
         raise ConfigError(
-            f"recipe {path} holds {type(values).__name__}, not sections", remedy="start from a packaged recipe"
+            f"recipe {path} holds {type(values).__name__}, not sections",
+            remedy="start from a packaged recipe",
+            id="recipe-without-sections",
         )
     return values
 
@@ -119,12 +129,16 @@ def apply_override(values: dict, override: str) -> None:
     parts = key.split(".")
     if not separator or not all(parts):
         raise ConfigError(
-            f"override {override!r} is not of the form section.field=value", remedy="e.g. train.steps=100"
+            f"override {override!r} is not of the form section.field=value",
+            remedy="e.g. train.steps=100",
+            id="override-form",
         )
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ConfigError(f"override {override!r}: the value is not valid YAML: {error}", remedy="quote it") from None
+        raise ConfigError(
+            f"override {override!r}: the value is not valid YAML: {error}", remedy="quote it", id="override-not-yaml"
+        ) from None
     if isinstance(value, str):  # YAML 1.1 reads 1e-3 as a string; a learning rate is a number
         value = float(value) if re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value) else value
     section = values
@@ -132,12 +146,20 @@ def apply_override(values: dict, override: str) -> None:
         section = section.setdefault(part, {})
         if not isinstance(section, dict):
             raise ConfigError(
-                f"override {override!r}: {part!r} is a value, not a section", remedy="check the field's name"
+                f"override {override!r}: {part!r} is a value, not a section",
+                remedy="check the field's name",
+                id="override-not-a-section",
             )
     section[parts[-1]] = value
 
 
-def _explain(error: ValidationError, values: dict, origin: str) -> str:
+def _id(problem: ErrorDetails) -> str:
+    """Ours (`sections.py`), or pydantic's own name of the rule: `greater-than-equal`, `literal-error`."""
+    known = {"extra_forbidden": "unknown-key", "missing": "required-field"}
+    return known.get(problem["type"], problem["type"].replace("_", "-"))
+
+
+def _explain(error: ValidationError, origin: str) -> str:
     lines = [f"recipe {origin} is not valid:"]
     for problem in error.errors():
         where = ".".join(str(part) for part in problem["loc"])
@@ -145,12 +167,12 @@ def _explain(error: ValidationError, values: dict, origin: str) -> str:
             known = _fields_at(problem["loc"][:-1])
             close = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1)
             hint = f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
-            lines.append(f"  {where}: unknown key{hint}")
+            lines.append(f"  {where}: unknown key{hint} [{_id(problem)}]")
         elif problem["type"] == "missing":
-            lines.append(f"  {where}: required, but not given")
+            lines.append(f"  {where}: required, but not given [{_id(problem)}]")
         else:
             got = "" if isinstance(problem["input"], dict | BaseModel) else f" (got {problem['input']!r})"
-            lines.append(f"  {where or 'recipe'}: {problem['msg'].removeprefix('Value error, ')}{got}")
+            lines.append(f"  {where or 'recipe'}: {problem['msg'].removeprefix('Value error, ')}{got} [{_id(problem)}]")
     return "\n".join(lines)
 
 

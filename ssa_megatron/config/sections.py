@@ -5,11 +5,17 @@ sections owe each other (heads against groups, rows against micro-batches) is ch
 checked by `parallel/topology.py`.
 """
 
-from typing import Literal, get_args
+from typing import Literal, LiteralString, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from ssa_megatron.config.variants import KindName
+
+
+def _broken(id: LiteralString, problem: str) -> PydanticCustomError:
+    """A rule that the values break; `id` becomes the id of the ConfigError."""
+    return PydanticCustomError(id, "{problem}", {"problem": problem})
 
 
 class Section(BaseModel):
@@ -24,7 +30,7 @@ class Section(BaseModel):
         annotation = cls.model_fields[info.field_name].annotation
         kinds = get_args(annotation) or (annotation,)  # int | None, Literal[1, 2, 3]
         if isinstance(value, bool) and any(kind in (int, float) or type(kind) is int for kind in kinds):
-            raise ValueError("Input should be a number, not a truth value")
+            raise _broken("number-not-truth-value", "Input should be a number, not a truth value")
         return value
 
 
@@ -41,8 +47,9 @@ class RopeScaling(Section):
     @model_validator(mode="after")
     def _consistent(self):
         if self.high_freq_factor <= self.low_freq_factor:
-            raise ValueError(
-                f"high_freq_factor={self.high_freq_factor} must be greater than low_freq_factor={self.low_freq_factor}"
+            raise _broken(
+                "rope-frequencies",
+                f"high_freq_factor={self.high_freq_factor} must be greater than low_freq_factor={self.low_freq_factor}",
             )
         return self
 
@@ -76,9 +83,11 @@ class Model(Section):
     @model_validator(mode="after")
     def _consistent(self):
         if self.num_heads % self.num_kv_heads:
-            raise ValueError(f"num_kv_heads={self.num_kv_heads} must divide num_heads={self.num_heads}")
+            raise _broken(
+                "kv-heads-divide-heads", f"num_kv_heads={self.num_kv_heads} must divide num_heads={self.num_heads}"
+            )
         if self.head_dim % 2:
-            raise ValueError(f"head_dim={self.head_dim} must be even: RoPE rotates pairs of channels")
+            raise _broken("head-dim-even", f"head_dim={self.head_dim} must be even: RoPE rotates pairs of channels")
         return self
 
 
@@ -105,9 +114,10 @@ class Attention(Section):
     @model_validator(mode="after")
     def _consistent(self):
         if self.topk == "authors" and (self.block_size, self.block_count) != (16, 16):
-            raise ValueError(
+            raise _broken(
+                "topk-shape",
                 f"topk=authors exists for block_size=16 and block_count=16 only, "
-                f"not block_size={self.block_size}, block_count={self.block_count}"
+                f"not block_size={self.block_size}, block_count={self.block_count}",
             )
         return self
 
@@ -172,7 +182,7 @@ class Data(Section):
     @model_validator(mode="after")
     def _consistent(self):
         if self.path is not None and self.sources:
-            raise ValueError("path and sources are both given; name one dataset, or several")
+            raise _broken("path-and-sources", "path and sources are both given; name one dataset, or several")
         return self
 
 
@@ -260,7 +270,10 @@ class Watchdog(Section):
     @model_validator(mode="after")
     def _consistent(self):
         if self.silence < 3 * self.heartbeat + 2.5:
-            raise ValueError(f"silence={self.silence} is too short for heartbeat={self.heartbeat}: 3 of them and 2.5 s")
+            raise _broken(
+                "silence-too-short",
+                f"silence={self.silence} is too short for heartbeat={self.heartbeat}: 3 of them and 2.5 s",
+            )
         return self
 
 
@@ -284,13 +297,15 @@ class Recipe(Section):
     def _consistent(self):
         train = self.train
         if train.global_batch_rows % train.micro_batch_rows:
-            raise ValueError(
+            raise _broken(
+                "micro-batch-divides",
                 f"train.micro_batch_rows={train.micro_batch_rows} must divide "
-                f"train.global_batch_rows={train.global_batch_rows}"
+                f"train.global_batch_rows={train.global_batch_rows}",
             )
         if train.sequence_length > self.model.max_sequence_length:
-            raise ValueError(
+            raise _broken(
+                "row-longer-than-model",
                 f"train.sequence_length={train.sequence_length} is longer than "
-                f"model.max_sequence_length={self.model.max_sequence_length}"
+                f"model.max_sequence_length={self.model.max_sequence_length}",
             )
         return self

@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Annotated
 
 from pydantic import AfterValidator
+from pydantic_core import PydanticCustomError
 
 from ssa_megatron.registry import Registry
 
@@ -17,7 +18,8 @@ KINDS: "Registry[type[AttentionKind]]" = Registry(
 def _known(registry: Registry) -> AfterValidator:
     def check(name: str) -> str:
         if name not in registry:
-            raise ValueError(f"Input should be one of {', '.join(registry.names())}")
+            known = ", ".join(registry.names())
+            raise PydanticCustomError("unknown-variant-name", "Input should be one of {known}", {"known": known})
         return name
 
     return AfterValidator(check)

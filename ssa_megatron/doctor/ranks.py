@@ -21,6 +21,7 @@ def find() -> None:
         raise ConfigError(
             f"--cluster, and {', '.join(missing)} not set: nobody started us together",
             remedy="torchrun --nnodes N --nproc-per-node G ... -m ssa_megatron doctor --cluster, or the same under srun",
+            id="cluster-not-launched",
         )
 
 
@@ -53,5 +54,6 @@ def _first_node(nodes: str) -> str:
         raise ConfigError(
             f"SLURM_STEP_NODELIST={nodes} cannot be expanded: {problem}",
             remedy="MASTER_ADDR=ADDRESS_OF_THE_FIRST_NODE srun ...",
+            id="nodelist-not-expanded",
         )
     return nodes

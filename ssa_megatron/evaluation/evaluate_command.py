@@ -55,7 +55,11 @@ def evaluate(
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"--out {out}: cannot be made ({error.strerror})", remedy="give another folder") from None
+        raise ConfigError(
+            f"--out {out}: cannot be made ({error.strerror})",
+            remedy="give another folder",
+            id="evaluation-folder-not-made",
+        ) from None
     found: list[dict] = []
     body = straw = None
     for target in targets:
@@ -75,7 +79,11 @@ def evaluate(
             found.append(measure(one, body, straw, settings))
         _write(out / "results.json", found)
     if not found:
-        raise ConfigError("no model to show", remedy="name a run folder, an exported folder or a results.json")
+        raise ConfigError(
+            "no model to show",
+            remedy="name a run folder, an exported folder or a results.json",
+            id="no-model-to-evaluate",
+        )
     _write(out / "results.json", found)
     for table in tables(found):
         print(f"\n{render(table)}")
@@ -128,7 +136,7 @@ def stretch(config, factor: float | None) -> dict:
 
 def _text(sources: Sequence[str], data: str | None, targets: Sequence[Path], size: int) -> text.Text:
     if sources and data:
-        raise ConfigError("--text and --data are both given", remedy="give one of them")
+        raise ConfigError("--text and --data are both given", remedy="give one of them", id="text-and-data")
     if sources:
         return text.from_sources(sources, size)
     if data:
@@ -138,6 +146,7 @@ def _text(sources: Sequence[str], data: str | None, targets: Sequence[Path], siz
         raise ConfigError(
             "no text to evaluate on: no target is a run folder, which would name its data",
             remedy="--data DATASET, --text FILE, or --text package:king-james",
+            id="no-evaluation-text",
         )
     return text.of_run(recipe, size)
 
@@ -163,7 +172,9 @@ def _check_device(device: str) -> None:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise EnvironmentProblem(
-            f"--device {device}: {str(error).splitlines()[0]}", remedy="use cpu, or a machine with that device"
+            f"--device {device}: {str(error).splitlines()[0]}",
+            remedy="use cpu, or a machine with that device",
+            id="device-unusable",
         ) from None
 
 

@@ -91,10 +91,14 @@ def numbers(text: str, option: str, kind: type = int, words: Sequence[str] = ())
             found.append(item if item in words else kind(item))
         except ValueError:
             allowed = f" or {', '.join(words)}" if words else ""
-            raise ConfigError(f"{option}: {item!r} is not a number", remedy=f"give numbers{allowed}, as 1,2") from None
+            raise ConfigError(
+                f"{option}: {item!r} is not a number",
+                remedy=f"give numbers{allowed}, as 1,2",
+                id="setting-not-a-number",
+            ) from None
     return tuple(found)
 
 
 def _need(good: bool, option: str, value: object, remedy: str) -> None:
     if not good:
-        raise ConfigError(f"{option}: {value} cannot be", remedy=remedy)
+        raise ConfigError(f"{option}: {value} cannot be", remedy=remedy, id="evaluation-setting")

@@ -91,12 +91,15 @@ def build(tokenizer, hay: list[int], context: int, depth: float, seed: str, cand
     room = context - len(marks) - len(asked) - max(map(len, planted))
     if room < 1:
         raise ConfigError(
-            f"--lengths: {context} tokens do not hold the needle", remedy=f"begin at {2 * (context - room)} or more"
+            f"--lengths: {context} tokens do not hold the needle",
+            remedy=f"begin at {2 * (context - room)} or more",
+            id="context-without-needle",
         )
     if len(hay) < context:
         raise DataProblem(
             f"the haystack has {len(hay):,} tokens, and a context {context:,}",
             remedy="give a longer one with --haystack, or shorter --lengths",
+            id="haystack-too-short",
         )
     end = context + int(draw.random() * (len(hay) - context + 1))
     after = round((1 - depth) * room)

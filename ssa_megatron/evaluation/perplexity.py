@@ -35,7 +35,8 @@ def split_documents(tokens: Tensor, doc_starts: Tensor) -> list[list[int]]:
     tokens, doc_starts = torch.as_tensor(tokens), torch.as_tensor(doc_starts)
     if tokens.dim() != 2 or tokens.shape != doc_starts.shape or tokens.numel() == 0:
         raise DataProblem(
-            f"tokens {tuple(tokens.shape)} and doc_starts {tuple(doc_starts.shape)} must both be [rows, tokens]"
+            f"tokens {tuple(tokens.shape)} and doc_starts {tuple(doc_starts.shape)} must both be [rows, tokens]",
+            id="rows-shape",
         )
     index = torch.arange(tokens.shape[1])
     fresh = doc_starts == index
@@ -45,6 +46,7 @@ def split_documents(tokens: Tensor, doc_starts: Tensor) -> list[list[int]]:
         raise DataProblem(
             f"doc_starts[{row}, {column}] = {int(doc_starts[row, column])} is neither {column} nor the start before it",
             remedy="pass the rows as ssa_pipelines.evaluation_rows gives them",
+            id="rows-document-starts",
         )
     documents = []
     for row, new in zip(tokens.tolist(), fresh, strict=True):
@@ -77,12 +79,15 @@ def perplexity(
         raise DataProblem(
             f"token {highest} is outside the model's vocabulary of {model.config.vocab_size}",
             remedy="prepare the rows with the model's own tokenizer",
+            id="token-outside-vocabulary",
         )
     mode = mode or model.config.inference_mode
     nats, counted = bare.score_documents(
         model, documents, mode=mode, block_count=block_count, batch_tokens=batch_tokens
     )
     if counted == 0:
-        raise DataProblem("no document has a second token to predict", remedy="pass longer documents")
+        raise DataProblem(
+            "no document has a second token to predict", remedy="pass longer documents", id="documents-too-short"
+        )
     used = (block_count or model.config.block_count) if mode == "sparse" else None
     return Perplexity(mode, used, nats / counted, math.exp(nats / counted), counted)

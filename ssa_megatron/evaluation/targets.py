@@ -49,6 +49,7 @@ def kind_of(target: Path) -> str:
     raise CheckpointError(
         f"{target}: neither a run folder, nor an exported folder, nor results of an evaluation",
         remedy="name a folder that `ssa train` or `ssa export` made, or a results.json of `ssa evaluate`",
+        id="unknown-target",
     )
 
 
@@ -67,15 +68,21 @@ def earlier(path: Path) -> list[dict]:
         found = json.loads(path.read_text(encoding="utf-8"))
         schema, models = found["schema"], found["models"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path}: not results of an evaluation ({error!r})", remedy="evaluate again") from None
+        raise CheckpointError(
+            f"{path}: not results of an evaluation ({error!r})", remedy="evaluate again", id="not-results"
+        ) from None
     if schema != SCHEMA:
-        raise CheckpointError(f"{path}: schema {schema}, this release reads {SCHEMA}", remedy="evaluate again")
+        raise CheckpointError(
+            f"{path}: schema {schema}, this release reads {SCHEMA}", remedy="evaluate again", id="results-schema"
+        )
     try:
         if models:
             compose(models)  # now, and not after minutes of measuring the models that stand beside them
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(
-            f"{path}: damaged results of an evaluation ({error!r})", remedy="evaluate again"
+            f"{path}: damaged results of an evaluation ({error!r})",
+            remedy="evaluate again",
+            id="results-damaged",
         ) from None
     return models
 
@@ -90,7 +97,11 @@ def opened(target: Path, name: str, *, step: int | None, device: str, dtype: str
 
             folder = export(target, Path(scratch) / "model", step=step)
         elif step is not None:
-            raise ConfigError(f"--step {step}: {target} is an exported folder, of one step", remedy="leave --step out")
+            raise ConfigError(
+                f"--step {step}: {target} is an exported folder, of one step",
+                remedy="leave --step out",
+                id="step-of-an-export",
+            )
         model, tokenizer = open_folder(folder, device=device)
         if dtype:
             model = model.to({"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype])
@@ -106,7 +117,7 @@ def names(targets: Sequence[Path]) -> list[str]:
             return short
     if paths:
         twice = next(path for path in paths if paths.count(path) > 1)
-        raise ConfigError(f"{twice} is named twice", remedy="name each target once")
+        raise ConfigError(f"{twice} is named twice", remedy="name each target once", id="target-twice")
     return []
 
 
@@ -121,6 +132,7 @@ def not_finite(opened: "Opened", mode: str) -> CheckpointError:
     return CheckpointError(
         f"{opened.identity['name']}: likelihoods in {mode} mode are not finite ({opened.identity['dtype']})",
         remedy="evaluate another --step, or with --dtype fp32",
+        id="likelihoods-not-finite",
     )
 
 
@@ -128,7 +140,9 @@ def _identity(name: str, target: Path, folder: Path, model) -> dict:
     try:
         parity = dict(json.loads((folder / "parity.json").read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
-        raise CheckpointError(f"{folder / 'parity.json'}: damaged ({error})", remedy="export the run again") from None
+        raise CheckpointError(
+            f"{folder / 'parity.json'}: damaged ({error})", remedy="export the run again", id="parity-damaged"
+        ) from None
     config = model.config
     return {
         "name": name,

@@ -49,6 +49,7 @@ def run(opened: Opened, settings: Settings) -> dict:
                 raise EnvironmentProblem(
                     f"--tasks {','.join(settings.tasks)}: {str(error).splitlines()[0]}",
                     remedy="where no hub is reachable, give the questions as JSON lines, or HF_HOME with them in it",
+                    id="task-data-not-loaded",
                 ) from error
             finally:
                 opened.model.set_attention(inference_mode=was)
@@ -64,6 +65,7 @@ def _library():
         raise EnvironmentProblem(
             f"--tasks needs lm-eval, and {error.name or error} is not installed",
             remedy="pip install -e '.[evaluation]', or leave --tasks out",
+            id="lm-eval-missing",
         ) from None
     return lm_eval, HFLM
 
@@ -86,7 +88,9 @@ def _manager(tasks: Sequence[str], scratch: Path):
     manager = TaskManager(include_path=[str(folder) for folder in sorted(folders)], include_defaults=known_ones)
     for name in names:
         if name not in manager.all_tasks:
-            raise ConfigError(f"--tasks: lm-eval has no task {name!r}", remedy="`lm-eval ls tasks` lists its own")
+            raise ConfigError(
+                f"--tasks: lm-eval has no task {name!r}", remedy="`lm-eval ls tasks` lists its own", id="unknown-task"
+            )
     return manager, names
 
 
@@ -95,9 +99,13 @@ def _name_in(path: Path) -> str:
         # its own tags (!function) are lm-eval's affair; only the name is read here
         found = re.search(r"(?m)^task:\s*(\S+)\s*$", path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise DataProblem(f"--tasks {path}: cannot be read ({error})", remedy="name a task file of lm-eval") from None
+        raise DataProblem(
+            f"--tasks {path}: cannot be read ({error})", remedy="name a task file of lm-eval", id="task-file-unreadable"
+        ) from None
     if not found:
-        raise DataProblem(f"--tasks {path}: has no line `task: NAME`", remedy="name a task file of lm-eval")
+        raise DataProblem(
+            f"--tasks {path}: has no line `task: NAME`", remedy="name a task file of lm-eval", id="task-without-name"
+        )
     return found[1].strip("\"'")
 
 
@@ -106,15 +114,18 @@ def _from_questions(path: Path, scratch: Path) -> str:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise DataProblem(f"--tasks {path}: cannot be read ({error})", remedy="name a file of JSON lines") from None
+        raise DataProblem(
+            f"--tasks {path}: cannot be read ({error})", remedy="name a file of JSON lines", id="questions-unreadable"
+        ) from None
     for number, line in enumerate(lines, 1):
         if problem := _problem_of(line):
             raise DataProblem(
                 f"--tasks {path}, line {number}: {problem}",
                 remedy='a line is {"question": text, "choices": [text, text, ...], "answer": index from 0}',
+                id="question-malformed",
             )
     if not lines:
-        raise DataProblem(f"--tasks {path}: is empty", remedy="give at least one question")
+        raise DataProblem(f"--tasks {path}: is empty", remedy="give at least one question", id="questions-empty")
     name = re.sub(r"\W+", "_", path.stem) or "questions"
     metrics = [{"metric": m, "aggregation": "mean", "higher_is_better": True} for m in ("acc", "acc_norm")]
     content = {

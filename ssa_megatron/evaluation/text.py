@@ -39,7 +39,9 @@ def held_out(location: str, size: int) -> Text:
     info = ssa_pipelines.load_dataset_info(location)
     if "validation" not in info.splits or not info.splits["validation"].rows:
         raise DataProblem(
-            f"{location}: nothing was held out", remedy="prepare it with a validation fraction, or give --text"
+            f"{location}: nothing was held out",
+            remedy="prepare it with a validation fraction, or give --text",
+            id="no-validation-split",
         )
     tokenizer = ssa_pipelines.Tokenizer.load(info.tokenizer_path)
     return Text(
@@ -52,7 +54,11 @@ def of_run(recipe: Recipe, size: int) -> Text:
     sources = recipe.data.sources
     location = sources[min(sources)] if sources else recipe.data.path
     if location is None:
-        raise ConfigError("the run's recipe names no dataset", remedy="give --text FILE, or --data DATASET")
+        raise ConfigError(
+            "the run's recipe names no dataset",
+            remedy="give --text FILE, or --data DATASET",
+            id="recipe-without-dataset",
+        )
     return held_out(str(location), size)
 
 
@@ -78,7 +84,11 @@ def pieces(tokenizer, text: Text, length: int, limit: int) -> tuple[list[list[in
         if limit <= 0:
             break
     if not found:
-        raise DataProblem(f"{text.name}: not two tokens to predict one from", remedy="give longer text with --text")
+        raise DataProblem(
+            f"{text.name}: not two tokens to predict one from",
+            remedy="give longer text with --text",
+            id="text-too-short",
+        )
     return found, size
 
 
@@ -96,6 +106,7 @@ def sequences(tokenizer, text: Text, length: int, count: int) -> list[list[int]]
         raise DataProblem(
             f"{text.name}: {len(stream):,} tokens, and a sequence has {length:,}",
             remedy="give longer text with --text, or shorter --lengths",
+            id="text-shorter-than-sequence",
         )
     return [marks + stream[i * stretch : (i + 1) * stretch] for i in range(count)]
 

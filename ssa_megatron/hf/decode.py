@@ -20,7 +20,11 @@ class Decoder:
         """model: SSAForCausalLM. capacity: tokens a row may come to, prompt included. Raises ConfigError for nsa."""
         c = model.config
         if c.attention_kind == "nsa":
-            raise ConfigError("attention_kind=nsa has no cached kernels", remedy="generate with transformers instead")
+            raise ConfigError(
+                "attention_kind=nsa has no cached kernels",
+                remedy="generate with transformers instead",
+                id="kind-not-cached",
+            )
         self.model, self.config, self.mode = model, c, mode or c.inference_mode
         self.spec = BlockSpec(c.block_size, block_count or c.block_count, c.topk)
         embeddings = model.get_input_embeddings().weight

@@ -47,10 +47,16 @@ def export(source, out: str | Path, *, step: int | None = None, dtype: str | tor
     """
     out = Path(out)
     if out.exists() or out.is_symlink():
-        raise ConfigError(f"{out} exists already", remedy="name a folder that does not exist, or remove this one first")
+        raise ConfigError(
+            f"{out} exists already",
+            remedy="name a folder that does not exist, or remove this one first",
+            id="export-folder-exists",
+        )
     if isinstance(dtype, str):
         if dtype not in DTYPES:
-            raise ConfigError(f"dtype={dtype!r} is not known", remedy=f"use one of {', '.join(DTYPES)}")
+            raise ConfigError(
+                f"dtype={dtype!r} is not known", remedy=f"use one of {', '.join(DTYPES)}", id="unknown-dtype"
+            )
         dtype = DTYPES[dtype]
     checkpoint = _open(source, step)
     config = config_of(checkpoint.recipe)
@@ -110,11 +116,15 @@ def config_of(recipe: dict) -> SSAConfig:
         )
     except KeyError as error:
         raise CheckpointError(
-            f"the checkpoint's recipe has no {error}", remedy="export it with the release that wrote it"
+            f"the checkpoint's recipe has no {error}",
+            remedy="export it with the release that wrote it",
+            id="recipe-field-missing",
         ) from error
     except ValueError as error:
         raise CheckpointError(
-            f"the checkpoint's recipe: {error}", remedy="export it with the release that wrote it"
+            f"the checkpoint's recipe: {error}",
+            remedy="export it with the release that wrote it",
+            id="recipe-not-exportable",
         ) from error
 
 
@@ -135,7 +145,9 @@ def check_names(names: list[str], expected: dict[str, tuple[int, ...]]) -> None:
             f"{word} {', '.join(found[:3])}" for word, found in (("lacks", missing), ("has unknown", extra)) if found
         ]
         raise CheckpointError(
-            f"the checkpoint {' and '.join(what)}", remedy="its recipe and its weights do not belong together"
+            f"the checkpoint {' and '.join(what)}",
+            remedy="its recipe and its weights do not belong together",
+            id="export-names-differ",
         )
 
 
@@ -146,7 +158,9 @@ def open_weights(
     for name, shape in expected.items():
         tensor = checkpoint.tensor(name, kind="weight", dtype=dtype)
         if tuple(tensor.shape) != shape:
-            raise CheckpointError(f"{name} has shape {tuple(tensor.shape)}, the recipe's model needs {shape}")
+            raise CheckpointError(
+                f"{name} has shape {tuple(tensor.shape)}, the recipe's model needs {shape}", id="export-shape-differs"
+            )
         yield name, tensor.contiguous()
 
 
@@ -186,7 +200,9 @@ def _write_tokenizer(checkpoint, config: SSAConfig, folder: Path) -> dict:
     path = checkpoint.tokenizer_path
     if path is None or not Path(path).is_file():
         raise DataProblem(
-            f"the run's tokenizer {path} is missing", remedy="copy the tokenizer model it was trained with there"
+            f"the run's tokenizer {path} is missing",
+            remedy="copy the tokenizer model it was trained with there",
+            id="tokenizer-missing",
         )
     fingerprint = checkpoint.manifest.get("tokenizer_fingerprint")
     try:
@@ -197,12 +213,16 @@ def _write_tokenizer(checkpoint, config: SSAConfig, folder: Path) -> dict:
         raise DataProblem(
             f"{path} is not the tokenizer the run was trained with",
             remedy=f"restore the one with fingerprint {fingerprint[:12]}...",
+            id="export-another-tokenizer",
         )
     marks = write_tokenizer(path, folder, max_length=config.max_position_embeddings)
     if Path(path).suffix == ".model":  # what tokenizer.json was made from: `ssa import` and other SentencePiece readers
         shutil.copyfile(path, folder / "tokenizer.model")
     if marks["vocab_size"] > config.vocab_size:
-        raise DataProblem(f"the tokenizer has {marks['vocab_size']} pieces, the model {config.vocab_size} embeddings")
+        raise DataProblem(
+            f"the tokenizer has {marks['vocab_size']} pieces, the model {config.vocab_size} embeddings",
+            id="tokenizer-too-large",
+        )
     return marks
 
 
@@ -230,7 +250,9 @@ def _check(checkpoint, config: SSAConfig, folder: Path, dtype: torch.dtype | Non
     """Read the folder back and prove it; raises CheckpointError at the first difference."""
     for name in CODE:
         if (folder / name).read_bytes() != (BUNDLE / name).read_bytes():
-            raise CheckpointError(f"{folder / name} was not copied whole", remedy="is the disk full? export again")
+            raise CheckpointError(
+                f"{folder / name} was not copied whole", remedy="is the disk full? export again", id="copy-incomplete"
+            )
     manifest = checkpoint.manifest
     known = {key: manifest[key] for key in ("step", "recipe_digest", "tokenizer_fingerprint")}
     return known | prove(checkpoint, folder, config, dtype)

@@ -20,18 +20,24 @@ def open_folder(folder: str | Path, *, device: str = "cpu"):
     for name in ("config.json", "tokenizer.json", "parity.json"):
         if not (path / name).is_file():
             raise CheckpointError(
-                f"{folder}: not an exported model, {name} is missing", remedy="make one with `ssa export RUN OUT`"
+                f"{folder}: not an exported model, {name} is missing",
+                remedy="make one with `ssa export RUN OUT`",
+                id="not-an-export",
             )
     try:
         return bare.load_model(path, device=device), bare.load_tokenizer(path)
     except (OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(
-            f"{folder}: cannot be loaded: {_what(error, path)}", remedy="export the run again"
+            f"{folder}: cannot be loaded: {_what(error, path)}",
+            remedy="export the run again",
+            id="export-not-loaded",
         ) from error
     except Exception as error:  # safetensors' own error type derives from Exception directly
         if type(error).__name__ != "SafetensorError":
             raise
-        raise CheckpointError(f"{folder}: damaged weights ({error})", remedy="export the run again") from error
+        raise CheckpointError(
+            f"{folder}: damaged weights ({error})", remedy="export the run again", id="export-damaged"
+        ) from error
 
 
 def _what(error: Exception, path: Path) -> str:
@@ -53,9 +59,13 @@ def _what(error: Exception, path: Path) -> str:
 def check_attention(mode: str | None, block_count: int | None) -> None:
     """Raises ConfigError unless mode is None, full or sparse, and block_count None or at least 1."""
     if mode is not None and mode not in MODES:
-        raise ConfigError(f"mode={mode!r} is not an inference mode", remedy=f"use one of {', '.join(MODES)}")
+        raise ConfigError(
+            f"mode={mode!r} is not an inference mode", remedy=f"use one of {', '.join(MODES)}", id="unknown-mode"
+        )
     if block_count is not None and block_count < 1:
-        raise ConfigError(f"block_count={block_count} must be at least 1", remedy="the own block is always selected")
+        raise ConfigError(
+            f"block_count={block_count} must be at least 1", remedy="the own block is always selected", id="block-count"
+        )
 
 
 def generate(
@@ -80,11 +90,15 @@ def generate(
 
     check_attention(mode, block_count)
     if isinstance(prompts, str) or not prompts:
-        raise ConfigError("prompts must be a list with at least one text", remedy="put a single prompt in a list")
+        raise ConfigError(
+            "prompts must be a list with at least one text", remedy="put a single prompt in a list", id="no-prompts"
+        )
     if max_new_tokens < 1:
-        raise ConfigError(f"max_new_tokens={max_new_tokens} must be at least 1")
+        raise ConfigError(f"max_new_tokens={max_new_tokens} must be at least 1", id="max-new-tokens")
     if temperature < 0 or not 0 < top_p <= 1:
-        raise ConfigError(f"temperature={temperature}, top_p={top_p}", remedy="temperature >= 0 and 0 < top_p <= 1")
+        raise ConfigError(
+            f"temperature={temperature}, top_p={top_p}", remedy="temperature >= 0 and 0 < top_p <= 1", id="sampling"
+        )
     model, tokenizer = open_folder(folder, device=device)
     return bare.generate_texts(
         model,

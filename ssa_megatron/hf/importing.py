@@ -35,7 +35,11 @@ def import_folder(
     """
     run = Path(run)
     if run.exists() or run.is_symlink():
-        raise ConfigError(f"{run} exists already", remedy="name a run folder that does not exist, or remove this one")
+        raise ConfigError(
+            f"{run} exists already",
+            remedy="name a run folder that does not exist, or remove this one",
+            id="import-folder-exists",
+        )
     folder = HubFolder(source)
     origin = origin_of(folder)
     recipe = _recipe(folder, origin, run.name, overrides)
@@ -45,6 +49,7 @@ def import_folder(
         raise DataProblem(
             f"{own.path}: {own.vocab_size} tokens, the model has {recipe.model.vocab_size} embeddings",
             remedy="give the tokenizer the model was trained with: --tokenizer FILE",
+            id="tokenizer-size-differs",
         )
     with staged(run) as temporary:
         for name, content in own.files.items():
@@ -80,6 +85,7 @@ def _recipe(folder: HubFolder, origin: Origin, name: str, overrides: Iterable[st
         raise ConfigError(
             f"{folder.path}: the model cannot be changed on the way in: {changed[0]}",
             remedy="`ssa train` takes max_sequence_length, rope_scaling and init_std when it starts",
+            id="import-changes-model",
         )
     return recipe
 
@@ -95,7 +101,11 @@ def _tokenizer(folder: HubFolder, given: str | Path | None) -> ssa_pipelines.Tok
         return ssa_pipelines.Tokenizer.load(given)
     found = [folder.path / name for name in ("tokenizer.json", "tokenizer.model") if (folder.path / name).is_file()]
     if not found:
-        raise DataProblem(f"{folder.path}: no tokenizer.json and no tokenizer.model", remedy="--tokenizer FILE")
+        raise DataProblem(
+            f"{folder.path}: no tokenizer.json and no tokenizer.model",
+            remedy="--tokenizer FILE",
+            id="import-without-tokenizer",
+        )
     if len(found) == 2 and folder.config["model_type"] == "ssa":
         found.reverse()  # tokenizer.json was made from it
     return ssa_pipelines.Tokenizer.load(found[0])

@@ -70,7 +70,9 @@ def run_isolated(job: dict, *, timeout_s: float = 600.0) -> dict:
 
     required = requirements_of("torch", "transformers")
     if not {"torch", "transformers"} <= required.keys():
-        raise EnvironmentProblem("torch and transformers are not both installed", remedy="run `make setup`")
+        raise EnvironmentProblem(
+            "torch and transformers are not both installed", remedy="run `make setup`", id="libraries-missing"
+        )
     allowed = set().union(*required.values()) - NEVER | {"transformers_modules"}
     origins = [importlib.util.find_spec(name) for name in allowed - {"transformers_modules"} if name.isidentifier()]
     homes = {
@@ -105,10 +107,12 @@ def run_isolated(job: dict, *, timeout_s: float = 600.0) -> dict:
                 timeout=timeout_s,
             )
         except subprocess.TimeoutExpired:
-            raise EnvironmentProblem(f"the isolated process took longer than {timeout_s:.0f} s") from None
+            raise EnvironmentProblem(
+                f"the isolated process took longer than {timeout_s:.0f} s", id="isolated-timeout"
+            ) from None
     if done.returncode:
         last = done.stderr.strip().splitlines()[-12:]
-        raise EnvironmentProblem("the isolated process failed:\n    " + "\n    ".join(last))
+        raise EnvironmentProblem("the isolated process failed:\n    " + "\n    ".join(last), id="isolated-failed")
     return json.loads(done.stdout)
 
 

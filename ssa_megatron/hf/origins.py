@@ -40,7 +40,9 @@ def origin_of(folder: HubFolder) -> Origin:
     kind = folder.config.get("model_type")
     if kind not in READERS:
         raise CheckpointError(
-            f"{folder.path}: model_type {kind!r} cannot be imported", remedy=f"known: {', '.join(READERS)}"
+            f"{folder.path}: model_type {kind!r} cannot be imported",
+            remedy=f"known: {', '.join(READERS)}",
+            id="unknown-model-type",
         )
     return READERS[kind](folder)
 
@@ -59,6 +61,7 @@ def weights_of(folder: HubFolder, origin: Origin, recipe: Recipe) -> Iterator[tu
         raise CheckpointError(
             f"{folder.path}: {unknown[0]} (and {len(unknown) - 1} more) has no place in this model",
             remedy="biases, adapters and other architectures cannot be imported",
+            id="tensor-without-counterpart",
         )
     with torch.device("meta"):
         for name, shape in shapes.items():
@@ -67,6 +70,7 @@ def weights_of(folder: HubFolder, origin: Origin, recipe: Recipe) -> Iterator[tu
         raise CheckpointError(
             f"{folder.path}: tie_word_embeddings is true, but lm_head.weight differs from model.embed_tokens.weight",
             remedy="set tie_word_embeddings to false in config.json if the head is a weight of its own",
+            id="tied-head-differs",
         )
     return ((name, origin.weight(folder, name, shape, kind)) for name, shape in shapes.items())
 
@@ -84,11 +88,16 @@ class _Headers:
 # ----------------------------------------------------------------------------------------------------------- weights
 def _stored(folder: HubFolder, name: str, shape: tuple[int, ...], kind: str = "") -> Tensor:
     if name not in folder.shapes:
-        raise CheckpointError(f"{folder.path}: {name} is missing", remedy="copy the folder again, all shards of it")
+        raise CheckpointError(
+            f"{folder.path}: {name} is missing",
+            remedy="copy the folder again, all shards of it",
+            id="source-tensor-missing",
+        )
     if folder.shapes[name] != shape:
         raise CheckpointError(
             f"{folder.path}: {name} has shape {folder.shapes[name]}, config.json's sizes make it {shape}",
             remedy="config.json and the weights do not belong together",
+            id="source-shape-differs",
         )
     return folder.tensor(name)
 
@@ -120,7 +129,9 @@ def _ours(folder: HubFolder) -> Origin:
     kind = _entry(folder, "attention_kind")
     if kind not in KINDS:
         raise CheckpointError(
-            f"{folder.path}: attention_kind {kind!r} is unknown", remedy=f"known: {', '.join(KINDS.names())}"
+            f"{folder.path}: attention_kind {kind!r} is unknown",
+            remedy=f"known: {', '.join(KINDS.names())}",
+            id="unknown-attention-kind",
         )
     names = ("block_size", "block_count", "topk", "window", "alignment_weight", "sparse_probability")
     attention = {name: c[name] for name in names if name in c}
@@ -154,14 +165,18 @@ def _is_buffer(name: str) -> bool:
 
 def _entry(folder: HubFolder, name: str):
     if folder.config.get(name) is None:
-        raise CheckpointError(f"{folder.path}: config.json has no {name}", remedy="copy config.json again")
+        raise CheckpointError(
+            f"{folder.path}: config.json has no {name}", remedy="copy config.json again", id="config-json-field-missing"
+        )
     return folder.config[name]
 
 
 def _count(folder: HubFolder, name: str) -> int:
     value = _entry(folder, name)
     if not isinstance(value, int) or value < 1:
-        raise CheckpointError(f"{folder.path}: config.json has {name}={value!r}", remedy="copy config.json again")
+        raise CheckpointError(
+            f"{folder.path}: config.json has {name}={value!r}", remedy="copy config.json again", id="config-json-value"
+        )
     return value
 
 
@@ -170,7 +185,11 @@ def _model(folder: HubFolder, *, eps: float, theta: float, tied: bool) -> dict:
     c, heads = folder.config, _count(folder, "num_attention_heads")
     rope = c.get("rope_parameters") or c.get("rope_scaling") or {}
     if not isinstance(rope, dict):
-        raise CheckpointError(f"{folder.path}: rope_scaling={rope!r} is no object", remedy="copy config.json again")
+        raise CheckpointError(
+            f"{folder.path}: rope_scaling={rope!r} is no object",
+            remedy="copy config.json again",
+            id="rope-scaling-not-an-object",
+        )
     return {
         "vocab_size": _count(folder, "vocab_size"),
         "hidden_size": _count(folder, "hidden_size"),
@@ -196,10 +215,15 @@ def _scaling(folder: HubFolder, rope: dict) -> dict | None:
         raise CheckpointError(
             f"{folder.path}: rope_type {kind!r} is not one the trainer computes",
             remedy="known: default, llama3; for another, import the model as it was before its context was extended",
+            id="unknown-rope-type",
         )
     missing = [name for name in SCALING if name not in rope]
     if missing:
-        raise CheckpointError(f"{folder.path}: rope_scaling has no {missing[0]}", remedy="copy config.json again")
+        raise CheckpointError(
+            f"{folder.path}: rope_scaling has no {missing[0]}",
+            remedy="copy config.json again",
+            id="rope-scaling-field-missing",
+        )
     return {name: rope[name] for name in SCALING}
 
 
@@ -212,6 +236,7 @@ def _refuse_unlike_llama(folder: HubFolder) -> None:
         raise CheckpointError(
             f"{folder.path}: {wrong[0]}={c[wrong[0]]!r} cannot be imported",
             remedy="models without biases, with SiLU, unquantised and rotated over the whole head can",
+            id="unsupported-model-option",
         )
 
 
@@ -222,5 +247,9 @@ def check_kind(folder: HubFolder, origin: Origin, kind: str | None) -> str:
     known = [k for k in origin.kinds if k]
     if kind not in known:
         said = f"attention.kind={kind}" if kind else "attention.kind is not given, and config.json does not tell it"
-        raise ConfigError(f"{folder.path}: {said}", remedy=f"attention.kind={'|'.join(known)}, as it was trained")
+        raise ConfigError(
+            f"{folder.path}: {said}",
+            remedy=f"attention.kind={'|'.join(known)}, as it was trained",
+            id="attention-kind-undecided",
+        )
     return kind

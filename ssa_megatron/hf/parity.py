@@ -85,18 +85,27 @@ def prove(checkpoint, path: Path, config: SSAConfig, dtype: torch.dtype | None) 
 
 def _judge(report: dict) -> None:
     if not math.isfinite(report["logits_max_abs"]):
-        raise CheckpointError("the exported model's logits are not finite", remedy="export an earlier step")
+        raise CheckpointError(
+            "the exported model's logits are not finite", remedy="export an earlier step", id="logits-not-finite"
+        )
     for mode, apart in report["trainer_minus_export"].items():
         if not apart <= TOLERANCE:
             raise CheckpointError(
                 f"a layer of the exported class is {apart:.3g} of its size off the trainer's in {mode} mode (fp64)",
                 remedy="modeling_ssa.py was changed, or the recipe is one this release computes differently",
+                id="layer-differs",
             )
     if not report["rotary_table_minus_trainers"] <= 1e-5:
-        raise CheckpointError("the exported rotary table is not the trainer's", remedy="modeling_ssa.py was changed")
+        raise CheckpointError(
+            "the exported rotary table is not the trainer's",
+            remedy="modeling_ssa.py was changed",
+            id="rotary-table-differs",
+        )
     if not report["full_minus_sparse_all_blocks"] <= TOLERANCE:
         raise CheckpointError(
-            "sparse attention to every block is not full attention", remedy="modeling_ssa.py was changed"
+            "sparse attention to every block is not full attention",
+            remedy="modeling_ssa.py was changed",
+            id="sparse-differs-from-full",
         )
 
 
@@ -122,7 +131,11 @@ class _Files:
         # as bytes: a NaN equals itself, and -0.0 differs from 0.0
         same = got.dtype == wanted.dtype and got.shape == wanted.shape
         if not same or not torch.equal(_bytes(got), _bytes(wanted.contiguous())):
-            raise CheckpointError(f"{name} differs from the checkpoint after reloading", remedy="export again")
+            raise CheckpointError(
+                f"{name} differs from the checkpoint after reloading",
+                remedy="export again",
+                id="reloaded-tensor-differs",
+            )
         if name not in self._sha:
             self._parameters += got.numel()
             self._sha[name] = hashlib.sha256(_bytes(got).numpy()).digest()
@@ -131,7 +144,11 @@ class _Files:
     def report(self) -> dict:
         missing = set(self.folder.shapes) ^ set(self._sha)
         if missing:
-            raise CheckpointError(f"{min(missing)} is in the files or in the model, not in both", remedy="export again")
+            raise CheckpointError(
+                f"{min(missing)} is in the files or in the model, not in both",
+                remedy="export again",
+                id="export-names-unmatched",
+            )
         digest = hashlib.sha256()
         for name in sorted(self._sha):
             digest.update(name.encode() + self._sha[name])

@@ -33,9 +33,13 @@ def staged(out: Path) -> Iterator[Path]:
         sync_folder(out.parent)
     except OSError as error:
         raise EnvironmentProblem(
-            f"{out}: {error.strerror or error} ({error.filename or temporary})", remedy=REMEDY
+            f"{out}: {error.strerror or error} ({error.filename or temporary})",
+            remedy=REMEDY,
+            id="output-not-written",
         ) from error
     except SafetensorError as error:  # how safetensors says that the disk is full
-        raise EnvironmentProblem(f"{out}: {str(error).splitlines()[0]}", remedy=REMEDY) from error
+        raise EnvironmentProblem(
+            f"{out}: {str(error).splitlines()[0]}", remedy=REMEDY, id="output-not-serialised"
+        ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)  # after a rename there is none

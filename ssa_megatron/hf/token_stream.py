@@ -39,10 +39,12 @@ class Settings:
     def __post_init__(self):
         check_attention(self.mode, self.block_count)
         if self.max_new_tokens < 1:
-            raise ConfigError(f"max_new_tokens={self.max_new_tokens} must be at least 1")
+            raise ConfigError(f"max_new_tokens={self.max_new_tokens} must be at least 1", id="stream-max-new-tokens")
         if self.temperature < 0 or not 0 < self.top_p <= 1:
             raise ConfigError(
-                f"temperature={self.temperature}, top_p={self.top_p}", remedy="temperature >= 0 and 0 < top_p <= 1"
+                f"temperature={self.temperature}, top_p={self.top_p}",
+                remedy="temperature >= 0 and 0 < top_p <= 1",
+                id="stream-sampling",
             )
 
 
@@ -207,7 +209,7 @@ def _utf8(text: str) -> str:
 
 
 def _not_utf8(what: str) -> DataProblem:
-    return DataProblem(f"a prompt is not UTF-8 text ({what})", remedy="convert it first")
+    return DataProblem(f"a prompt is not UTF-8 text ({what})", remedy="convert it first", id="prompt-not-utf8")
 
 
 def _command(settings: Settings, line: str) -> tuple[Settings, str | None]:

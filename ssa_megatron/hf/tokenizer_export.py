@@ -107,11 +107,19 @@ def read_model(path: Path) -> tuple[list[tuple[str, float, int]], dict, dict]:
                         signed = isinstance(setting, int) and setting >= 1 << 63
                         settings[known[inner]] = setting - (1 << 64) if signed else setting
     except OSError as error:
-        raise DataProblem(f"{path}: the tokenizer model cannot be read ({error.strerror})") from error
+        raise DataProblem(
+            f"{path}: the tokenizer model cannot be read ({error.strerror})", id="tokenizer-unreadable"
+        ) from error
     except (IndexError, KeyError, ValueError, TypeError, AttributeError, struct.error) as error:
-        raise DataProblem(f"{path}: not a SentencePiece model", remedy="name the run's own tokenizer model") from error
+        raise DataProblem(
+            f"{path}: not a SentencePiece model", remedy="name the run's own tokenizer model", id="not-a-tokenizer"
+        ) from error
     if not pieces:
-        raise DataProblem(f"{path}: a SentencePiece model without pieces", remedy="name the run's own tokenizer model")
+        raise DataProblem(
+            f"{path}: a SentencePiece model without pieces",
+            remedy="name the run's own tokenizer model",
+            id="tokenizer-without-pieces",
+        )
     return pieces, trainer, normalizer
 
 
@@ -120,6 +128,7 @@ def _refuse(path: Path, reason: str):
     raise DataProblem(
         f"{path}: cannot be converted exactly: {reason}",
         remedy="train the tokenizer with `ssa tokenizer train` (BPE, byte fallback, identity normalisation)",
+        id="tokenizer-not-convertible",
     )
 
 

@@ -179,6 +179,7 @@ def world_size() -> int:
             f"srun started {tasks} processes, and nothing has told them of each other",
             remedy="cluster/submit; or srun --ntasks-per-node=1 python -m ssa_cluster.launch --nproc-per-node N train ...; "
             "one process on purpose, as in a shell that srun --pty gave: WORLD_SIZE=1 ssa train ...",
+            id="srun-without-launcher",
         )
     return int(os.environ.get("WORLD_SIZE", "1"))
 
@@ -207,10 +208,12 @@ def initialize(recipe: Recipe) -> ParallelState:
                 raise PortTaken(
                     f"rank 0 cannot listen at {address}, where the {world_size()} process(es) were to meet: the port is taken",
                     remedy="start again (ssa_cluster.launch does, at another port), or choose a MASTER_PORT",
+                    id="port-taken",
                 ) from error
             raise EnvironmentProblem(
                 f"the {world_size()} processes did not find each other at {address}: {error}",
                 remedy="check MASTER_ADDR, MASTER_PORT and that every node was started",
+                id="rendezvous-failed",
             ) from error
     p = recipe.parallel
     if p.pipeline > 1 and device.on_gpu() and dist.get_backend() == "gloo":
@@ -218,6 +221,7 @@ def initialize(recipe: Recipe) -> ParallelState:
             f"parallel.pipeline={p.pipeline} with several processes on one GPU: they share it over gloo, which cannot send "
             "GPU tensors from stage to stage",
             remedy="one process per GPU, or parallel.pipeline=1",
+            id="pipeline-on-shared-gpu",
         )
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=p.tensor,

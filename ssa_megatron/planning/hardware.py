@@ -81,5 +81,7 @@ TABLE = {gpu.name: gpu for gpu in (_H100,)}
 def find(name: str) -> Hardware:
     """The table's entry. Raises ConfigError with the names there are."""
     if name not in TABLE:
-        raise ConfigError(f"--gpu {name}: not in the table of hardware figures", remedy=f"one of {', '.join(TABLE)}")
+        raise ConfigError(
+            f"--gpu {name}: not in the table of hardware figures", remedy=f"one of {', '.join(TABLE)}", id="unknown-gpu"
+        )
     return TABLE[name]

@@ -43,7 +43,7 @@ def plan(
     for name, (value, _) in given.items():
         if not 0 < value < math.inf:
             option = f"--{name}-{'gib' if name == 'memory' else 'gbytes'}"
-            raise ConfigError(f"{option} {value:g}: not a size", remedy="a number above 0")
+            raise ConfigError(f"{option} {value:g}: not a size", remedy="a number above 0", id="not-a-size")
     figures = dataclasses.replace(figures, **{name: int(value * unit) for name, (value, unit) in given.items()})
     search.check(recipe, world, figures)
     found = search.evaluate(recipe, world, figures, document=document)
@@ -62,4 +62,5 @@ def plan(
             f"{recipe.name} does not fit: rank(s) of pipeline stage {stage.stage} need {found.needed / GIB:.1f} GiB, "
             f"{(found.needed - figures.memory) / GIB:.1f} GiB more than the {figures.memory / GIB:.1f} GiB of one {gpu}",
             remedy=", or ".join(others) or f"no topology of {world} process(es) fits: more GPUs, or shorter rows",
+            id="plan-does-not-fit",
         )

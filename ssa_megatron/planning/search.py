@@ -141,7 +141,7 @@ def check(recipe: Recipe, world: int, gpu: Hardware) -> None:
         remedy = f"{refusal.remedy}; legal for {world} process(es): {', or '.join(found)}"
         if worlds := _other_worlds(recipe, world):
             remedy += f"; as it is, legal for {' or '.join(map(str, worlds))}"
-        raise ConfigError(refusal.problem, remedy=remedy) from None
+        raise ConfigError(refusal.problem, remedy=remedy, id=refusal.id) from None
 
 
 def _evaluated(recipe: Recipe, world: int, gpu: Hardware) -> list[Candidate]:

@@ -53,7 +53,11 @@ class Watcher:
     def __init__(self, run: Path):
         """Raises RunFolderError when `run` is not a run folder."""
         if not (run / "config.yaml").is_file():
-            raise RunFolderError(f"{run} is not a run folder: it has no config.yaml", remedy="check the path")
+            raise RunFolderError(
+                f"{run} is not a run folder: it has no config.yaml",
+                remedy="check the path",
+                id="status-not-a-run-folder",
+            )
         self.run, self._lines, self._productive = run, deque(maxlen=RECENT), 0.0
         self._file, self._offset, self._evaluation = None, 0, None
         self._starts: tuple[int, list[Start]] = (-1, [])

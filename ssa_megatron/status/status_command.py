@@ -54,7 +54,9 @@ def find(targets: list[str], runs: Path) -> list[Path]:
     known = _under(runs)
     if not targets:
         if not known:
-            raise RunFolderError(f"no run folder under {runs}", remedy="name one: ssa status RUN, or --runs FOLDER")
+            raise RunFolderError(
+                f"no run folder under {runs}", remedy="name one: ssa status RUN, or --runs FOLDER", id="no-run-folder"
+            )
         return known
     found = []
     for target in targets:
@@ -66,7 +68,9 @@ def find(targets: list[str], runs: Path) -> list[Path]:
         of_job = [run for run in known if any(_is_of(start.job, target) for start in read_starts(run))]
         if not of_job:
             raise RunFolderError(
-                f"no run under {runs} was started by job {target}", remedy="name the run's folder, or --runs FOLDER"
+                f"no run under {runs} was started by job {target}",
+                remedy="name the run's folder, or --runs FOLDER",
+                id="no-run-of-job",
             )
         found += of_job
     return list(dict.fromkeys(found))
@@ -144,6 +148,7 @@ def ask_for_profile(run: Path, steps: range) -> str:
         raise RunFolderError(
             f"nothing runs in {run}: {state.state}",
             remedy=f"ssa train ... --profile {steps[0]}:{steps[-1]} records from a start on",
+            id="nothing-runs",
         )
     where = requests.place(run, steps, now_at=max(state.step, beats.read_all(run)[0]["step"]))
     return f"asked for steps {steps[0]} to {steps[-1]} of {state.steps}, the run is at {state.step}; they will be in {where}"

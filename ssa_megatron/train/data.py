@@ -80,7 +80,11 @@ def ledger_of_step(run: Path, step: int) -> Iterator[dict]:
     from ssa_megatron.config import load_recipe
 
     if not (run / "config.yaml").is_file():
-        raise ConfigError(f"{run}: not a run folder (config.yaml is missing)", remedy="name the folder of a run")
+        raise ConfigError(
+            f"{run}: not a run folder (config.yaml is missing)",
+            remedy="name the folder of a run",
+            id="ledger-not-a-run-folder",
+        )
     recipe = load_recipe(str(run / "config.yaml"))
     rows, size = open_stream(recipe, 0, 1), recipe.train.global_batch_rows
     begin = (step - 1) * size
@@ -92,6 +96,7 @@ def ledger_of_step(run: Path, step: int) -> Iterator[dict]:
             raise ConfigError(
                 f"step {step} came before the data changed at row {change['samples_seen']} ({change['reason']})",
                 remedy="ask with the recipe of that time, in a copy of the run folder with a checkpoint of that time",
+                id="step-before-data-change",
             )
         rows.load_state_dict(state)
     return ssa_pipelines.read_ledger(rows, begin, size)
@@ -100,7 +105,9 @@ def ledger_of_step(run: Path, step: int) -> Iterator[dict]:
 def _sources(recipe: Recipe) -> str | dict[str, str]:
     if recipe.data.path is None and not recipe.data.sources:
         raise ConfigError(
-            "data.path is not given", remedy="data.path=FOLDER, a folder written by `ssa data prepare`, or data.sources"
+            "data.path is not given",
+            remedy="data.path=FOLDER, a folder written by `ssa data prepare`, or data.sources",
+            id="no-dataset",
         )
     return recipe.data.sources or recipe.data.path
 
@@ -115,4 +122,5 @@ def _check_evaluation(recipe: Recipe, infos: dict[str, ssa_pipelines.DatasetInfo
             remedy=f"train.eval_rows={have}"
             if have
             else "train.eval_interval=0, or prepare with a validation fraction",
+            id="eval-rows-exceed-split",
         )

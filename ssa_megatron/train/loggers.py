@@ -57,6 +57,7 @@ class WeightsAndBiases:
             raise EnvironmentProblem(
                 f"logging.wandb={project}, and wandb cannot be imported: {error}",
                 remedy="pip install wandb, or logging.wandb=null",
+                id="wandb-missing",
             ) from None
         identity = run / "wandb-id"
         if not identity.exists():
@@ -74,6 +75,7 @@ class WeightsAndBiases:
             raise EnvironmentProblem(
                 f"logging.wandb={project}: {type(error).__name__}: {error}",
                 remedy="wandb login, or WANDB_MODE=offline and `wandb sync` later, or logging.wandb=null",
+                id="wandb-not-started",
             ) from None
 
     def write(self, step: int, values: dict[str, float]) -> None:

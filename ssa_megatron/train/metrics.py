@@ -78,5 +78,6 @@ def read_metrics(path: Path, *, skip_damaged: bool = False) -> list[dict]:
             raise RunFolderError(
                 f"{path}, line {number}, is damaged ({error})",
                 remedy="mend or remove that line; the lines after it are kept only if it can be read",
+                id="metrics-damaged",
             ) from None
     return lines

@@ -17,7 +17,9 @@ def parse_range(text: str | None) -> range:
         return range(0)
     first, _, last = text.partition(":")
     if not (first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
-        raise ConfigError(f"{text} is not a range of steps to profile", remedy="e.g. 10:12, counted from 1")
+        raise ConfigError(
+            f"{text} is not a range of steps to profile", remedy="e.g. 10:12, counted from 1", id="profile-range"
+        )
     return range(int(first), int(last) + 1)
 
 
@@ -27,13 +29,18 @@ def place(run: Path, steps: range, *, now_at: int) -> Path:
         raise ConfigError(
             f"step {steps[0]} is over or about to be: the run is at step {now_at}",
             remedy=f"ask for later ones, e.g. {now_at + 20}:{now_at + 20 + len(steps) - 1}",
+            id="profile-step-over",
         )
     temporary = run / f".tmp-{FILE}"
     try:
         temporary.write_text(f"{steps[0]}:{steps[-1]}\n")
         os.replace(temporary, run / FILE)
     except OSError as error:
-        raise RunFolderError(f"{run} cannot be written: {error.strerror}", remedy="ask as the run's owner") from None
+        raise RunFolderError(
+            f"{run} cannot be written: {error.strerror}",
+            remedy="ask as the run's owner",
+            id="profile-request-not-written",
+        ) from None
     return run / "profile"
 
 

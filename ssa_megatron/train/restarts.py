@@ -77,6 +77,7 @@ def check(run: Path, *, global_batch_rows: int) -> None:
         f"{len(recent)} starts of {run} in a row, all from step {recent[0].step}, died without a message: {looks_like} {what}",
         remedy=f"`ssa data ledger {run} {died_in[0]}` names the documents; the job's log has what the system said; when the "
         f"cause is gone, remove {run / 'starts.jsonl'} and give the same command again",
+        id="crash-loop",
     )
 
 
@@ -109,6 +110,7 @@ class Attempt:
             raise RunFolderError(
                 f"{self._path} cannot be written: {error.strerror}",
                 remedy="make room, or mend the folder's permissions",
+                id="starts-not-written",
             ) from None
 
 

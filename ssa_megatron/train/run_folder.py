@@ -45,6 +45,7 @@ class RunFolder:
             raise RunFolderError(
                 f"run folder {self.path} cannot be made or written: {error.strerror}",
                 remedy="give another folder with --run-folder",
+                id="run-folder-not-written",
             ) from None
         job = os.environ.get("SLURM_JOB_ID")
         deadline = time.monotonic() + LEASE_SECONDS
@@ -57,6 +58,7 @@ class RunFolder:
                 raise RunFolderError(
                     f"run folder {self.path} is in use by {owner}",
                     remedy="stop that job, or give another folder with --run-folder",
+                    id="run-folder-in-use",
                 )
             time.sleep(1)
         handle.truncate(0)
@@ -75,6 +77,7 @@ class RunFolder:
             raise RunFolderError(
                 f"run folder {self.path} cannot be locked: {error.strerror}",
                 remedy="its file system offers no flock: mount it with locks (Lustre: -o flock), or give another folder",
+                id="run-folder-not-locked",
             ) from None
         return True
 
@@ -111,12 +114,15 @@ def read_recipe(path: Path) -> Recipe:
         return resolve(yaml.safe_load(config.read_text()), origin=str(config))
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise RunFolderError(
-            f"{path} is not a run folder: {config} cannot be read ({error})", remedy="check the path"
+            f"{path} is not a run folder: {config} cannot be read ({error})",
+            remedy="check the path",
+            id="config-yaml-unreadable",
         ) from None
     except ConfigError as error:
         raise RunFolderError(
             f"{config} is damaged, or of another release:\n{error.problem}",
             remedy="restore it from a copy, or give another folder",
+            id="config-yaml-damaged",
         ) from None
 
 
@@ -130,6 +136,7 @@ def check_same_run(path: Path, recipe: Recipe) -> None:
         raise RunFolderError(
             f"run folder {path} belongs to another recipe:\n  {changed}",
             remedy="give another folder with --run-folder, or put the values above back",
+            id="run-of-another-recipe",
         )
 
 
