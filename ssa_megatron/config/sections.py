@@ -173,11 +173,22 @@ class Data(Section):
     """Folder on a local disk for the shards of remote datasets; ~/.cache/ssa-megatron by default."""
     cache_limit: int | None = Field(None, ge=1)
     """Bytes of shards kept in the cache; none is no limit."""
-    patience: float = Field(20.0, gt=0)
-    """Seconds for which training may stand still over one shard of which nothing comes (no connection, errors, silence), after
-    which that is an error; 5 more for a read that does not end. While rows that were fetched ahead last, nothing counts."""
+    stall_timeout: float = Field(20.0, gt=0)
+    """Seconds for which training may be blocked on one shard while no bytes of it arrive (no connection, errors, silence); then
+    it is an error. A read that never returns gets 5 seconds more. Time covered by prefetched rows does not count."""
     accept_changes: str | None = None
     """The reason why a run goes on although data, weights, seed or shuffle differ from its checkpoint's; kept there."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _old_name(cls, values):
+        if (
+            not isinstance(values, dict) or "patience" not in values
+        ):  # its name in 0.1.0 and in that release's run folders
+            return values
+        if "stall_timeout" in values:
+            raise ValueError("stall_timeout and patience, its old name, are both given; keep stall_timeout")
+        return {"stall_timeout" if key == "patience" else key: value for key, value in values.items()}
 
     @model_validator(mode="after")
     def _consistent(self):

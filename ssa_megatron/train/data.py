@@ -14,7 +14,7 @@ from ssa_megatron.parallel.state import ParallelState
 
 def access(recipe: Recipe) -> ssa_pipelines.Access:
     """How remote datasets are reached."""
-    return ssa_pipelines.Access(recipe.data.cache, recipe.data.cache_limit, recipe.data.patience)
+    return ssa_pipelines.Access(recipe.data.cache, recipe.data.cache_limit, recipe.data.stall_timeout)
 
 
 def open_data(recipe: Recipe) -> tuple[dict[str, ssa_pipelines.DatasetInfo], ssa_pipelines.Tokenizer]:

@@ -22,8 +22,8 @@ from tests.pipelines.object_store import BUCKET, credentials
 from tests.pipelines.support import equal, stream, take
 from tests.ssa_megatron.conftest import corpus, dataset  # noqa: F401 (fixtures)
 
-PATIENCE = 3  # seconds, where trouble is to last longer
-PATIENT = 60  # seconds, where the fault shows at once; a busy machine may be slow to make a connection
+SHORT = 3  # seconds, where trouble is to last longer
+LONG = 60  # seconds, where the fault shows at once; a busy machine may be slow to make a connection
 LIMIT = 30  # seconds until every fault is an error
 
 
@@ -34,7 +34,9 @@ def remote(s3, prepared):  # noqa: F811
 
 def rows_until_error(url, tmp_path, **options) -> tuple[list, Exception, float]:
     """The micro-batches before the error, the error, and the seconds from the last row to it."""
-    rows = stream(url, micro=1, batch=1, shuffle=False, access=Access(tmp_path / "cache", patience=PATIENT), **options)
+    rows = stream(
+        url, micro=1, batch=1, shuffle=False, access=Access(tmp_path / "cache", stall_timeout=LONG), **options
+    )
     found, last = [], time.monotonic()
     try:
         for _ in range(rows.rows_per_epoch):
@@ -74,7 +76,9 @@ def test_a_broken_remote_shard_is_named_after_every_row_before_it(s3, remote, pr
 
 
 def test_a_store_that_vanishes_and_returns_in_time_costs_no_row(s3, remote, prepared, tmp_path):  # noqa: F811
-    rows = stream(remote, access=Access(tmp_path / "cache", patience=30), micro=1, batch=1, shuffle=False, read_ahead=0)
+    rows = stream(
+        remote, access=Access(tmp_path / "cache", stall_timeout=30), micro=1, batch=1, shuffle=False, read_ahead=0
+    )
     rows._fetchers.close(5)  # nothing ahead of need, so that the gap is felt
     found = take(rows, 3)
     calls = []
@@ -95,7 +99,7 @@ def test_a_store_that_was_away_while_shards_were_fetched_ahead_and_is_back_when_
     prepared,  # noqa: F811
     tmp_path,
 ):
-    rows = stream(remote, access=Access(tmp_path / "cache", patience=PATIENCE), micro=1, batch=1, shuffle=False)
+    rows = stream(remote, access=Access(tmp_path / "cache", stall_timeout=SHORT), micro=1, batch=1, shuffle=False)
     s3.stop()
     rows.rows.readers[0].bring(1)  # what a fetching thread does, long before the row is due
     s3.start()
@@ -105,13 +109,13 @@ def test_a_store_that_was_away_while_shards_were_fetched_ahead_and_is_back_when_
 
 def test_a_store_that_vanishes_for_good_is_an_error_that_names_the_shard(s3, remote, tmp_path):  # noqa: F811
     rows = stream(
-        remote, access=Access(tmp_path / "cache", patience=PATIENT), micro=1, batch=1, shuffle=False, read_ahead=0
+        remote, access=Access(tmp_path / "cache", stall_timeout=LONG), micro=1, batch=1, shuffle=False, read_ahead=0
     )
     next(rows)
-    rows._patience.seconds = PATIENCE
+    rows._stall_timer.seconds = SHORT
     s3.stop()
     began = time.monotonic()
-    with pytest.raises(ShardError, match=rf"not to be had within {PATIENCE} s") as caught:
+    with pytest.raises(ShardError, match=rf"not to be had within {SHORT} s") as caught:
         take(rows, rows.rows_per_epoch)
     assert time.monotonic() - began < LIMIT
     assert caught.value.shard.startswith(f"{remote}/train/shard.")
@@ -128,13 +132,13 @@ def test_a_server_that_says_nothing_is_an_error_and_not_a_hang(tmp_path):
     with silent_server() as url, credentials(url):
         began = time.monotonic()
         with pytest.raises(ShardError, match=r"s3://bucket/data/dataset\.json: not to be had within 3 s"):
-            stream("s3://bucket/data", access=Access(tmp_path / "cache", patience=PATIENCE))
+            stream("s3://bucket/data", access=Access(tmp_path / "cache", stall_timeout=SHORT))
         assert time.monotonic() - began < LIMIT
 
 
 def test_a_read_that_never_ends_is_an_error_and_not_a_hang(prepared, monkeypatch):  # noqa: F811
     monkeypatch.setattr("ssa_pipelines.stream.train_stream._GRACE", 0.5)
-    rows = stream(prepared, access=Access(patience=0.5))
+    rows = stream(prepared, access=Access(stall_timeout=0.5))
     take(rows, 5)
     never = threading.Event()
     monkeypatch.setattr(RowReader, "_read", lambda *_: never.wait(60))  # a dead file system
@@ -147,7 +151,7 @@ def test_a_read_that_never_ends_is_an_error_and_not_a_hang(prepared, monkeypatch
 
 def test_an_evaluation_whose_read_never_ends_is_an_error_and_not_a_hang(prepared, monkeypatch):  # noqa: F811
     layout = {"micro_batch_rows": 1, "data_parallel_rank": 0, "data_parallel_size": 1}
-    rows = evaluation_rows(prepared, rows=3, access=Access(patience=0.5), **layout)
+    rows = evaluation_rows(prepared, rows=3, access=Access(stall_timeout=0.5), **layout)
     monkeypatch.setattr("ssa_pipelines.stream.train_stream._GRACE", 0.5)
     never, read = threading.Event(), RowReader._read
 
@@ -185,7 +189,7 @@ def test_a_full_cache_disk_is_named_with_what_was_to_go_there(s3, remote, tmp_pa
     small.mkdir()
     os.system(f"mount -t tmpfs -o size=300k tmpfs {small} 2> {tmp_path / 'refused'}")
     try:
-        rows = stream(remote, access=Access(small, patience=PATIENT), micro=1, batch=1, shuffle=False, read_ahead=0)
+        rows = stream(remote, access=Access(small, stall_timeout=LONG), micro=1, batch=1, shuffle=False, read_ahead=0)
         with nothing_more_fits(small) as number, pytest.raises(DatasetError) as caught:
             take(rows, rows.rows_per_epoch)
         assert f"cannot be written ({os.strerror(number)})" in str(caught.value)
@@ -215,8 +219,8 @@ def test_training_ends_with_the_data_exit_code_and_the_shards_name(s3, dataset, 
         gone = f"http://127.0.0.1:{closed.getsockname()[1]}"
         closed.close()
 
-        def train(name: str, url: str, *environment: str, patience: int = PATIENT) -> list[str]:
-            data = [f"data.path={url}", f"data.cache={tmp_path / name}", f"data.patience={patience}"]
+        def train(name: str, url: str, *environment: str, stall_timeout: int = LONG) -> list[str]:
+            data = [f"data.path={url}", f"data.cache={tmp_path / name}", f"data.stall_timeout={stall_timeout}"]
             return [
                 *environment,
                 "train",
@@ -228,8 +232,8 @@ def test_training_ends_with_the_data_exit_code_and_the_shards_name(s3, dataset, 
             ]
 
         cases = {name: train(name, url) for name, url in urls.items()}
-        cases["silent"] = train("silent", urls["sound"], f"S3_ENDPOINT_URL={silent}", patience=PATIENCE)
-        cases["gone"] = train("gone", urls["sound"], f"S3_ENDPOINT_URL={gone}", patience=PATIENCE)
+        cases["silent"] = train("silent", urls["sound"], f"S3_ENDPOINT_URL={silent}", stall_timeout=SHORT)
+        cases["gone"] = train("gone", urls["sound"], f"S3_ENDPOINT_URL={gone}", stall_timeout=SHORT)
         (tmp_path / "cases.json").write_text(json.dumps(list(cases.values())))
         launch.run(
             1, "tests.workers.command_lines", str(tmp_path / "cases.json"), str(tmp_path / "out.json"), timeout=280
@@ -252,8 +256,8 @@ def test_shared_memory_and_files_of_a_neighbour_are_not_touched(s3, remote, tmp_
         for path in made:
             with open(path, "wb") as file:
                 file.write(b"stale")
-        neighbour = stream(remote, access=Access(tmp_path / "cache", patience=PATIENT))
-        rows = stream(remote, access=Access(tmp_path / "cache", patience=PATIENT))
+        neighbour = stream(remote, access=Access(tmp_path / "cache", stall_timeout=LONG))
+        rows = stream(remote, access=Access(tmp_path / "cache", stall_timeout=LONG))
         for _ in range(50):  # two jobs on one node, one cache
             assert equal([next(rows)], [next(neighbour)])
         assert all(os.path.exists(path) for path in made)

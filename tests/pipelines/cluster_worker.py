@@ -34,7 +34,7 @@ def rank_main(job: dict, attempt: dict, rank: int, done: memoryview) -> None:
     world = attempt["dp"] * attempt["pp"] * attempt["tp"]
     node = folder / f"node-{rank * NODES // world}"
     own_node(node)
-    access = ssa_pipelines.Access(cache=node / "cache", patience=60)
+    access = ssa_pipelines.Access(cache=node / "cache", stall_timeout=60)
     rows = stream(job["url"], rank=dp, size=attempt["dp"], micro=MICRO, batch=BATCH, access=access)
     state = folder / "state.json"
     if state.exists():

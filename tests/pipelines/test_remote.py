@@ -22,7 +22,7 @@ def remote_compressed(s3, compressed):
 
 
 def access(tmp_path, **options) -> Access:
-    return Access(cache=tmp_path / "cache", **{"patience": 60, **options})
+    return Access(cache=tmp_path / "cache", **{"stall_timeout": 60, **options})
 
 
 def cached(tmp_path) -> list[str]:

@@ -25,7 +25,7 @@ def data(s3) -> bytes:
 
 @pytest.fixture
 def brief(monkeypatch):
-    """Little patience."""
+    """Short timeouts."""
     monkeypatch.setattr(storage, "READ_SECONDS", 0.5)
     monkeypatch.setattr(storage, "TROUBLE_SECONDS", 2.0)
 

@@ -22,7 +22,7 @@ from ssa_pipelines.shards.packing import from_sample
 from ssa_pipelines.storage import object_store as storage
 from ssa_pipelines.storage.integrity import check_bytes, check_sha256, check_size
 from ssa_pipelines.storage.shard_cache import Access, Cache, Wanted
-from ssa_pipelines.storage.stall_timer import Patience
+from ssa_pipelines.storage.stall_timer import StallTimer
 
 # streaming.StreamingDataset ends an epoch early without a word when a shard is missing or damaged (0.13.0), and keeps
 # its epoch in /dev/shm objects that survive kill -9; its readers, one layer below, raise and keep nothing.
@@ -35,11 +35,11 @@ class RowReader:
 
     Raises ShardError: on opening, if the index or a local shard is missing or of the wrong size; on reading a damaged row
     or a remote shard that cannot be had. `doing` says what a read that takes long is waiting for, "" while there is none.
-    patience: the clock of whoever waits for rows; by default the caller of `read` does.
+    stall_timer: of the consumer of the rows; by default the caller of `read` counts as blocked.
     """
 
     def __init__(
-        self, info: DatasetInfo, split: str, access: Access | None = None, *, patience: Patience | None = None
+        self, info: DatasetInfo, split: str, access: Access | None = None, *, stall_timer: StallTimer | None = None
     ):
         from streaming.base.format import reader_from_json  # imports torchvision and more: seconds
         from streaming.base.spanner import Spanner
@@ -47,8 +47,8 @@ class RowReader:
         self.info, self.split, self._name = info, info.split(split), split
         self.folder = info.path / split
         access = access or Access()
-        self._patience = patience or Patience(access.patience)
-        self._cache = Cache(info.remote, info.path, access, self._patience) if info.remote else None
+        self._stall_timer = stall_timer or StallTimer(access.stall_timeout)
+        self._cache = Cache(info.remote, info.path, access, self._stall_timer) if info.remote else None
         stored = self.split.files
         if self._cache:
             index = stored["index.json"]
@@ -92,7 +92,7 @@ class RowReader:
     def read(self, row: int) -> tuple[NDArray, NDArray, NDArray]:
         """(tokens [row_length], starts, documents [documents]) of row number `row`, unsigned and read-only."""
         shard_id, index = self._spanner[row]
-        self._patience.alive()
+        self._stall_timer.progressed()
         self.doing = f"shard {self._shown(shard_id)}"
         try:
             return self._read(shard_id, index)
@@ -128,7 +128,7 @@ class RowReader:
 
     def _fetch(self, shard_id: int) -> None:
         """Has the cache bring a shard. Whoever wants one that another thread of ours is fetching shares what becomes of it:
-        it must neither wait a second patience, nor hear of less than the trouble there is."""
+        it must neither wait a second stall timeout, nor hear of less than the trouble there is."""
         with self._coming_lock:
             coming = self._coming.get(shard_id)
             ours = coming is None

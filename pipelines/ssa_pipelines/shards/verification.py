@@ -14,12 +14,12 @@ from ssa_pipelines.shards.packing import from_sample
 from ssa_pipelines.shards.row_reader import check_index
 from ssa_pipelines.storage.integrity import check_sha256, check_size
 from ssa_pipelines.storage.shard_cache import Access, Cache, Wanted
-from ssa_pipelines.storage.stall_timer import PATIENCE
+from ssa_pipelines.storage.stall_timer import STALL_TIMEOUT
 
 Progress = Callable[[str, int, int | None], None]
 
 
-def verify(location: str | Path, *, patience: float = PATIENCE, progress: Progress | None = None) -> dict:
+def verify(location: str | Path, *, stall_timeout: float = STALL_TIMEOUT, progress: Progress | None = None) -> dict:
     """Checks the whole dataset at `location`; writes nothing. A remote one is read shard by shard, and none is kept.
 
     progress: called with ("verifying", bytes checked, bytes in all) after each shard.
@@ -27,7 +27,7 @@ def verify(location: str | Path, *, patience: float = PATIENCE, progress: Progre
     Raises DatasetError for a bad `dataset.json`, ShardError naming the first bad file otherwise.
     """
     with tempfile.TemporaryDirectory() as folder:
-        access = Access(cache=folder, patience=patience)
+        access = Access(cache=folder, stall_timeout=stall_timeout)
         return _verify(load_dataset_info(location, access), access, progress)
 
 

@@ -1,8 +1,8 @@
 """Files of remote datasets, brought to a folder of this machine: checked, shared by its processes, and kept under a limit.
 
 A file is in the cache whole and with its sha256 right, or not at all. What may pass (a lost connection, a busy or stalled
-server, a garbled transfer) is tried again with growing pauses for as long as patience lasts (patience.py); what cannot (no
-such object, no access, wrong contents twice) is a ShardError at once. Nothing but files of ours is ever removed.
+server, a garbled transfer) is retried with growing pauses within the stall timeout (stall_timer.py); what cannot (no such
+object, no access, wrong contents twice) is a ShardError at once. Nothing but files of ours is ever removed.
 """
 
 import errno
@@ -22,10 +22,13 @@ from ssa_pipelines.errors import DatasetError, ShardError
 from ssa_pipelines.storage import object_store as storage
 from ssa_pipelines.storage.integrity import check_bytes, check_sha256
 from ssa_pipelines.storage.prefetch import start
-from ssa_pipelines.storage.stall_timer import PATIENCE, Arrival, Patience
+from ssa_pipelines.storage.stall_timer import STALL_TIMEOUT, Arrival, StallTimer
 
 _LOCKS = 64  # lock files in a cache folder; never removed, because a lock on a removed file keeps nobody out
-_FIRST_PAUSE, _LONGEST_PAUSE = 0.25, 5.0  # seconds; no longer, since a pause may go on when the patience begins to run
+_FIRST_PAUSE, _LONGEST_PAUSE = (
+    0.25,
+    5.0,
+)  # seconds; no longer, since a pause may go on when the stall timer starts to run
 _OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS)
 _FOR_GOOD = {"403", "404", "AccessDenied", "NoSuchKey", "NoSuchBucket", "InvalidAccessKeyId", "SignatureDoesNotMatch"}
 
@@ -36,13 +39,13 @@ class Access(NamedTuple):
     cache: folder for their files, `~/.cache/ssa-megatron` by default; processes and jobs may share it.
     cache_limit: bytes the shards in it may take, beside those just being fetched; None is no limit. The least recently
         used go first.
-    patience: seconds of trouble with one file (no connection, errors, silence) after which it is an error; only those
-        count in which somebody waits and nothing comes.
+    stall_timeout: seconds of failures with one file (no connection, errors, silence) after which it is an error; only those
+        count in which training is blocked and no bytes arrive.
     """
 
     cache: str | Path | None = None
     cache_limit: int | None = None
-    patience: float = PATIENCE
+    stall_timeout: float = STALL_TIMEOUT
 
     @property
     def root(self) -> Path:
@@ -62,13 +65,13 @@ class Wanted(NamedTuple):
 class Cache:
     """The files of one remote dataset in one folder of this machine.
 
-    patience: the clock of whoever waits for them; by default the caller of `fetch` does.
+    stall_timer: of the consumer of these files; by default the caller of `fetch` counts as blocked.
     """
 
-    def __init__(self, remote: str, folder: Path, access: Access, patience: Patience | None = None):
+    def __init__(self, remote: str, folder: Path, access: Access, stall_timer: StallTimer | None = None):
         self.remote, self.folder, self._limit = remote.rstrip("/"), folder, access.cache_limit
         self._root, self._parts = access.root.expanduser(), folder / ".parts"
-        self._patience = patience or Patience(access.patience)
+        self._stall_timer = stall_timer or StallTimer(access.stall_timeout)
 
     def fetch(self, wanted: Wanted) -> Path:
         """The file, unpacked if it is compressed, on this machine. Raises ShardError or DatasetError, naming it."""
@@ -99,7 +102,7 @@ class Cache:
         while True:
             part = self._parts / f"{_flat(wanted.name)}.{uuid.uuid4().hex}.part"
             try:
-                _download(url, part, self._patience, since)
+                _download(url, part, self._stall_timer, since)
                 data = part.read_bytes()
                 check_bytes(url, data, wanted.size, wanted.sha256)
                 if wanted.unpacked:
@@ -164,11 +167,11 @@ class Cache:
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     break
                 except BlockingIOError:
-                    arrival = arrival or Arrival(self._parts, "", self._patience)  # some files share a lock
+                    arrival = arrival or Arrival(self._parts, "", self._stall_timer)  # some files share a lock
                     if arrival.seen():
                         since = time.monotonic()
-                    if self._patience.left(since) <= 0:
-                        url, seconds = storage.join(self.remote, name), self._patience.seconds
+                    if self._stall_timer.left(since) <= 0:
+                        url, seconds = storage.join(self.remote, name), self._stall_timer.seconds
                         said = "another process of this machine is at it, and nothing comes"
                         raise ShardError(url, f"not to be had within {seconds:g} s ({said})", remedy=_REACH) from None
                     time.sleep(0.02)
@@ -190,16 +193,19 @@ def read_remote(url: str, access: Access) -> bytes:
     """The contents of a small remote file that nothing is known of yet. Raises ShardError when it cannot be had."""
     with tempfile.TemporaryDirectory() as folder:
         part = Path(folder, "file.part")
-        _download(url, part, Patience(access.patience), time.monotonic())
+        _download(url, part, StallTimer(access.stall_timeout), time.monotonic())
         return part.read_bytes()
 
 
-def _download(url: str, target: Path, patience: Patience, since: float) -> None:
+def _download(url: str, target: Path, stall_timer: StallTimer, since: float) -> None:
     """Brings one object to `target`. Raises ShardError, with a cause, when it cannot be had, OSError for a full disk.
 
     since: when it was first wanted, or something of it last came, by the clock of time.monotonic().
     """
-    arrival, silence = Arrival(target.parent, target.stem, patience), patience.seconds / 2  # so there is time for two
+    arrival, silence = (
+        Arrival(target.parent, target.stem, stall_timer),
+        stall_timer.seconds / 2,
+    )  # so there is time for two
     pause, said, number = _FIRST_PAUSE, "no answer", 0
     while True:
         number += 1
@@ -208,7 +214,7 @@ def _download(url: str, target: Path, patience: Patience, since: float) -> None:
             while not attempt.is_over():
                 if arrival.seen():
                     since = attempt.moved = time.monotonic()
-                if patience.left(since) <= 0:
+                if stall_timer.left(since) <= 0:
                     raise TimeoutError
             attempt.path.rename(target)
             return
@@ -221,9 +227,11 @@ def _download(url: str, target: Path, patience: Patience, since: float) -> None:
                 said = str(error) or type(error).__name__
             if code in _FOR_GOOD or isinstance(error, FileNotFoundError):
                 raise ShardError(url, f"not there, or no access ({code}: {said})", remedy=_REACH) from error
-            left = patience.left(since)
+            left = stall_timer.left(since)
             if left <= _FIRST_PAUSE:
-                raise ShardError(url, f"not to be had within {patience.seconds:g} s ({said})", remedy=_REACH) from error
+                raise ShardError(
+                    url, f"not to be had within {stall_timer.seconds:g} s ({said})", remedy=_REACH
+                ) from error
         time.sleep(min(pause, left) * random.uniform(0.5, 1))  # ranks that failed together do not come back together
         pause = min(2 * pause, _LONGEST_PAUSE)
 

@@ -1,8 +1,7 @@
-"""How long trouble is borne: seconds in which somebody waits and nothing comes.
+"""Stall timeout for shard reads: the clock runs only while training is blocked on a batch and no bytes arrive.
 
-What is fetched before it is needed may be tried again for as long as rows that are here already last; the clock runs only
-while the training loop stands still, and every piece that arrives starts it anew. So a short outage costs nothing, a slow
-store costs time, and one that is gone or silent is an error soon after it is felt.
+Work that is done ahead of its need may be retried for as long as prefetched rows last. A short outage therefore costs nothing,
+a slow store costs time, and a store that is gone or silent is an error soon after training feels it.
 """
 
 import time
@@ -10,58 +9,58 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-PATIENCE = 20.0  # seconds, by default; with what follows, every rank has ended within 30
-_LOOK = 0.25  # seconds between two looks at what has arrived
+STALL_TIMEOUT = 20.0  # seconds, the default; with the grace of `train_stream`, every rank has ended within 30
+_POLL_INTERVAL = 0.25  # seconds between two looks at what has arrived
 
 
-class Patience:
-    """The clock of one stream, or, outside of one, of a caller who waits all the time.
+class StallTimer:
+    """The clock of one stream, or, outside of a stream, of a caller that is blocked all the time. Thread-safe.
 
-    seconds: of waiting in which nothing comes, after which trouble is an error. Any thread may ask.
+    seconds: of being blocked without progress, after which a failed read is an error.
     """
 
     def __init__(self, seconds: float):
         self.seconds = seconds
         self.moved = time.monotonic()
-        self._since = float("-inf")  # when the one who waits began to; inf while nobody does
+        self._blocked_since = float("-inf")  # inf while the consumer is not blocked
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Inside, somebody waits; once it has been used, nobody does outside."""
-        self._since = time.monotonic()
+        """Inside, the consumer is blocked. After the first use it counts as not blocked outside."""
+        self._blocked_since = time.monotonic()
         try:
             yield
         finally:
-            self._since = float("inf")
+            self._blocked_since = float("inf")
 
     def end(self) -> None:
-        """Nobody will wait again: what is under way counts all of its trouble, so that no thread goes on for ever."""
-        self._since = float("-inf")
+        """The stream is closed: pending work counts all of its time, so that no thread goes on for ever."""
+        self._blocked_since = float("-inf")
 
-    def alive(self) -> None:
-        """Something has come, or is being done that is no wait: noted in `moved`, by the clock of time.monotonic()."""
+    def progressed(self) -> None:
+        """Bytes arrived, or work other than waiting was done; `moved` is set to now (time.monotonic())."""
         self.moved = time.monotonic()
 
-    def left(self, trouble_since: float) -> float:
-        """Seconds until trouble that began then is an error, 0 or less when it is one; inf while nobody waits."""
-        return self.seconds - (time.monotonic() - max(trouble_since, self._since))
+    def left(self, stalled_since: float) -> float:
+        """Seconds until a stall that began then is an error: 0 or less when it is one, inf while nothing is blocked."""
+        return self.seconds - (time.monotonic() - max(stalled_since, self._blocked_since))
 
 
 class Arrival:
-    """Sees files come, whoever brings them: one of the files `NAME*.part*` of a folder is larger than it ever was.
+    """Detects growth of the files `NAME*.part*` of a folder, whichever process writes them.
 
-    A file that is begun again and again, and never gets further than before, is as good as silent.
+    A download that restarts and never passes its earlier size does not count as progress.
     """
 
-    def __init__(self, folder: Path, name: str, patience: Patience):
-        self._folder, self._name, self._patience = folder, name, patience
+    def __init__(self, folder: Path, name: str, stall_timer: StallTimer):
+        self._folder, self._name, self._stall_timer = folder, name, stall_timer
         self._most: dict[str, int] = {}
         self._looked = float("-inf")
         self.seen()
 
     def seen(self) -> bool:
-        """Whether something has come since it last looked, which is no more often than useful; the patience hears of it."""
-        if time.monotonic() - self._looked < _LOOK:
+        """Whether a file grew since the last look; if so, the stall timer is informed. Looks at most four times per second."""
+        if time.monotonic() - self._looked < _POLL_INTERVAL:
             return False
         self._looked, before = time.monotonic(), sum(self._most.values())
         for path in self._folder.glob(f"{self._name}*.part*"):
@@ -70,5 +69,5 @@ class Arrival:
                 self._most[begun] = max(self._most.get(begun, 0), path.stat().st_size)
         if sum(self._most.values()) == before:
             return False
-        self._patience.alive()
+        self._stall_timer.progressed()
         return True

@@ -14,7 +14,7 @@ from ssa_pipelines.errors import DatasetError, DatasetMismatch
 from ssa_pipelines.shards.dataset import DatasetInfo, load_dataset_info
 from ssa_pipelines.shards.row_reader import RowReader
 from ssa_pipelines.storage.shard_cache import Access
-from ssa_pipelines.storage.stall_timer import Patience
+from ssa_pipelines.storage.stall_timer import StallTimer
 from ssa_pipelines.stream.mixture import Mixture, Origin, Phase
 from ssa_pipelines.stream.row_order import SHUFFLE_BLOCK, RunOrder, window_rows
 
@@ -52,7 +52,7 @@ def open_sources(sources: Location | Mapping[str, Location], access: Access | No
 class RunRows:
     """The rows of a run over one or several sources.
 
-    patience: the clock of whoever waits for rows; see RowReader.
+    stall_timer: of the consumer of the rows; see RowReader.
     phases: weights of the sources by tokens of the run; by default each source in proportion to its rows. Row
     `position` of the run is `place(position)`, and `read(position)` reads it.
     """
@@ -67,11 +67,11 @@ class RunRows:
         shuffle: bool,
         shuffle_block: int = SHUFFLE_BLOCK,
         access: Access | None = None,
-        patience: Patience | None = None,
+        stall_timer: StallTimer | None = None,
     ):
         self.infos, self.names, self._seed = infos, list(infos), seed
         self.row_length = next(iter(infos.values())).row_length
-        self.readers = [RowReader(info, split, access, patience=patience) for info in infos.values()]
+        self.readers = [RowReader(info, split, access, stall_timer=stall_timer) for info in infos.values()]
         for reader in self.readers:
             _check_cache(reader, shuffle_block if shuffle else None, access)
         self.orders = [

@@ -20,7 +20,7 @@ from ssa_pipelines.shards.packing import doc_starts
 from ssa_pipelines.shards.row_reader import RowReader
 from ssa_pipelines.storage.prefetch import DaemonPool
 from ssa_pipelines.storage.shard_cache import Access
-from ssa_pipelines.storage.stall_timer import Patience
+from ssa_pipelines.storage.stall_timer import StallTimer
 from ssa_pipelines.stream.mixture import Phase
 from ssa_pipelines.stream.position import restore, save
 from ssa_pipelines.stream.row_order import SHUFFLE_BLOCK
@@ -28,7 +28,7 @@ from ssa_pipelines.stream.run_rows import Location, Place, RunRows, open_sources
 
 _FETCHERS = 4  # threads that bring shards before they are needed
 _FETCH_AHEAD_ROWS = 4096  # of all ranks
-_GRACE = 5.0  # seconds beyond the patience, in which a fetch that is in trouble says so itself
+_GRACE = 5.0  # seconds beyond the stall timeout, in which a failing fetch raises its own, more precise error
 
 
 class Rows(NamedTuple):
@@ -80,8 +80,8 @@ class TrainStream:
         self.infos = open_sources(sources, access)
         self.split, self.samples_seen = split, 0
         order = {"seed": seed, "shuffle": shuffle, "shuffle_block": shuffle_block}
-        self._patience = Patience((access or Access()).patience)
-        self.rows = RunRows(self.infos, split, phases=phases, **order, access=access, patience=self._patience)
+        self._stall_timer = StallTimer((access or Access()).stall_timeout)
+        self.rows = RunRows(self.infos, split, phases=phases, **order, access=access, stall_timer=self._stall_timer)
         self.order = order
         self.changes: list[dict] = []  # what was accepted on the way; see load_state_dict
         self._rows_per_epoch = sum(reader.rows for reader in self.rows.readers)
@@ -119,7 +119,7 @@ class TrainStream:
             self._pending.append(self._thread.submit(self._read, ahead))
         future = self._pending.popleft()
         try:
-            rows = _waited_for(future, self._patience, self.rows.readers)
+            rows = _waited_for(future, self._stall_timer, self.rows.readers)
         except BaseException:
             self._drop_pending()  # asked again, it must read this very position again
             raise
@@ -148,7 +148,7 @@ class TrainStream:
     def close(self) -> None:
         """Ends the threads; the stream cannot be read afterwards. A process may also simply exit."""
         self._drop_pending()
-        self._patience.end()
+        self._stall_timer.end()
         self._thread.close(5)
         if self._fetchers is not None:
             self._fetchers.close(0)
@@ -204,8 +204,8 @@ def evaluation_rows(
             remedy="evaluate on fewer rows, or prepare with a larger validation_fraction",
         )
     ends = [rows * sum(have[: i + 1]) // sum(have) for i in range(len(have))]
-    patience = Patience((access or Access()).patience)
-    readers = [RowReader(info, split, access, patience=patience) for info in infos.values()]
+    stall_timer = StallTimer((access or Access()).stall_timeout)
+    readers = [RowReader(info, split, access, stall_timer=stall_timer) for info in infos.values()]
     chosen = [
         (reader, row)
         for reader, begin, end in zip(readers, [0, *ends[:-1]], ends, strict=True)
@@ -221,31 +221,31 @@ def evaluation_rows(
         thread = DaemonPool(1, "row-reader")
         try:
             for begin in begins:
-                yield _waited_for(thread.submit(read, begin), patience, readers)
+                yield _waited_for(thread.submit(read, begin), stall_timer, readers)
         finally:
-            patience.end()
+            stall_timer.end()
             thread.close(0)
 
     return batches()
 
 
-def _waited_for(future: Future[Rows], patience: Patience, readers: list[RowReader]) -> Rows:
-    """The rows, or a DatasetError that says what the thread reads that has not brought them while patience lasted.
+def _waited_for(future: Future[Rows], stall_timer: StallTimer, readers: list[RowReader]) -> Rows:
+    """The rows, or a DatasetError that says what the thread reads that has not brought them within the stall timeout.
 
     A fetch in trouble ends by itself, a little sooner. What is no read (the order of a large epoch) may take its time.
     """
-    with patience.waiting():
-        while (left := patience.left(patience.moved) + _GRACE) > 0:
+    with stall_timer.waiting():
+        while (left := stall_timer.left(stall_timer.moved) + _GRACE) > 0:
             try:
                 return future.result(min(left, 1.0))
             except TimeoutError:
                 if future.done():  # the read's own
                     raise
             if not any(reader.doing for reader in readers):
-                patience.alive()
+                stall_timer.progressed()
     doing = ", ".join(sorted({reader.doing for reader in readers} - {""}))
     raise DatasetError(
-        f"no row came for {patience.seconds + _GRACE:g} s while reading {doing}",
+        f"no row came for {stall_timer.seconds + _GRACE:g} s while reading {doing}",
         remedy="look at the file system or the store this lies on; the same command continues",
     )
 

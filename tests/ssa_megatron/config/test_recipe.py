@@ -86,6 +86,14 @@ def test_overrides_change_their_field_and_nothing_else(tmp_path):
     ]
 
 
+def test_the_old_name_of_the_stall_timeout_is_still_read():
+    assert tiny(data__patience=7.0) == tiny(data__stall_timeout=7.0)
+    assert load_recipe("demo", ["data.patience=7"]).data.stall_timeout == 7
+    with pytest.raises(ConfigError) as refused:
+        tiny(data__patience=7.0, data__stall_timeout=8.0)
+    assert "stall_timeout and patience, its old name, are both given" in str(refused.value)
+
+
 def test_the_last_of_two_overrides_of_a_field_counts():
     assert load_recipe("demo", ["train.steps=7", "train.steps=8"]).train.steps == 8
 

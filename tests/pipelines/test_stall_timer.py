@@ -1,4 +1,4 @@
-"""How long trouble is borne: what counts, what starts the clock anew, and that the default is an error within 30 s."""
+"""The stall timeout: what counts, what resets the clock, and that by default a fault is an error within 30 s."""
 
 import hashlib
 import time
@@ -8,7 +8,7 @@ import pytest
 from ssa_pipelines import Access, DatasetError, ShardError
 from ssa_pipelines.storage import object_store as storage
 from ssa_pipelines.storage.shard_cache import Cache, Wanted, read_remote
-from ssa_pipelines.storage.stall_timer import Patience
+from ssa_pipelines.storage.stall_timer import StallTimer
 from ssa_pipelines.stream.run_rows import RunRows
 from tests.pipelines.object_store import BUCKET
 from tests.pipelines.relay import relayed
@@ -76,16 +76,16 @@ def test_by_default_a_read_of_a_dead_file_system_is_an_error_within_30_s(prepare
     assert time.monotonic() - began < LIMIT
 
 
-def test_trouble_while_nobody_waits_is_borne_and_tried_again(s3, url, prepared, tmp_path):
-    ahead, patience = 4, 1.5
+def test_a_fault_while_training_is_not_blocked_is_retried(s3, url, prepared, tmp_path):
+    ahead, timeout = 4, 1.5
     with relayed(s3) as relay:
-        rows = stream(url, access=Access(tmp_path / "cache", patience=patience), read_ahead=ahead, **IN_ORDER)
+        rows = stream(url, access=Access(tmp_path / "cache", stall_timeout=timeout), read_ahead=ahead, **IN_ORDER)
         rows._fetchers.close(5)  # so that the second shard is first wanted by a row read ahead
         count = int(rows.rows.readers[0].rows_per_shard[0]) - ahead + 1
         found = take(rows, count - 1)
         relay.gone()
         found += take(rows, 1)  # ahead of which a row of the second shard is being read
-        time.sleep(2 * patience)
+        time.sleep(2 * timeout)
         relay.back()
         found += take(rows, rows.rows_per_epoch - count)
     assert equal(found, take(stream(prepared, **IN_ORDER), len(found)))
@@ -93,7 +93,7 @@ def test_trouble_while_nobody_waits_is_borne_and_tried_again(s3, url, prepared, 
 
 def test_rows_fetched_ahead_are_delivered_before_the_trouble_is_an_error(s3, url, prepared, tmp_path):
     with relayed(s3) as relay:
-        rows = stream(url, access=Access(tmp_path / "cache", patience=1.5), **IN_ORDER)
+        rows = stream(url, access=Access(tmp_path / "cache", stall_timeout=1.5), **IN_ORDER)
         rows._fetchers.close(5)
         count = int(rows.rows.readers[0].rows_per_shard[0])
         found = take(rows, 1)
@@ -108,13 +108,13 @@ def test_rows_fetched_ahead_are_delivered_before_the_trouble_is_an_error(s3, url
     assert equal(found, take(stream(prepared, **IN_ORDER), count + 3))
 
 
-def test_an_object_that_comes_slowly_takes_longer_than_patience_and_is_no_error(s3):
+def test_an_object_that_comes_slowly_takes_longer_than_the_stall_timeout_and_is_no_error(s3):
     data = bytes(range(256)) * 8192  # 2 MiB, of which streaming's downloader writes 256 KiB at a time
     url = s3.put("large", data)
     with relayed(s3) as relay:
         relay.rate = 500_000
         began = time.monotonic()
-        assert read_remote(url, Access(patience=3)) == data
+        assert read_remote(url, Access(stall_timeout=3)) == data
         assert time.monotonic() - began > 3
 
 
@@ -124,13 +124,13 @@ def test_an_object_that_never_gets_further_than_its_beginning_is_an_error(s3):
         relay.first = 700_000
         began = time.monotonic()
         with pytest.raises(ShardError, match="not to be had within 3 s"):
-            read_remote(url, Access(patience=3))
+            read_remote(url, Access(stall_timeout=3))
         assert time.monotonic() - began < 8
 
 
 def test_a_closed_stream_does_not_go_on_asking_a_store_that_is_gone(s3, url, tmp_path):
     with relayed(s3) as relay:
-        rows = stream(url, access=Access(tmp_path / "cache", patience=1), read_ahead=4, **IN_ORDER)
+        rows = stream(url, access=Access(tmp_path / "cache", stall_timeout=1), read_ahead=4, **IN_ORDER)
         take(rows, 1)
         relay.gone()
         take(rows, int(rows.rows.readers[0].rows_per_shard[0]) - 4)  # the next shard is being read ahead, or fetched
@@ -142,9 +142,9 @@ def test_a_closed_stream_does_not_go_on_asking_a_store_that_is_gone(s3, url, tmp
         assert not any(thread.is_alive() for thread in threads)
 
 
-def test_what_a_stream_computes_itself_may_take_longer_than_patience(prepared, monkeypatch):
+def test_what_a_stream_computes_itself_may_take_longer_than_the_stall_timeout(prepared, monkeypatch):
     monkeypatch.setattr("ssa_pipelines.stream.train_stream._GRACE", 0.3)
-    rows = stream(prepared, access=Access(patience=0.3), read_ahead=0, **IN_ORDER)
+    rows = stream(prepared, access=Access(stall_timeout=0.3), read_ahead=0, **IN_ORDER)
     locate = RunRows._locate
 
     def slowly(self, *where):  # the order of an epoch of a billion rows
@@ -155,16 +155,16 @@ def test_what_a_stream_computes_itself_may_take_longer_than_patience(prepared, m
     assert equal(take(rows, 1), take(stream(prepared, **IN_ORDER), 1))
 
 
-def test_after_a_transfer_that_was_long_and_garbled_the_second_one_has_all_of_the_patience(tmp_path, monkeypatch):
+def test_after_a_transfer_that_was_long_and_garbled_the_second_one_has_the_whole_stall_timeout(tmp_path, monkeypatch):
     data, begun = b"as it is", []
 
-    def download(url, target, patience, since):
+    def download(url, target, stall_timer, since):
         begun.append((since, time.monotonic()))
         time.sleep(0.2)
         target.write_bytes(data if len(begun) == 2 else b"as it is not")
 
     monkeypatch.setattr("ssa_pipelines.storage.shard_cache._download", download)
-    cache = Cache("s3://bucket/data", tmp_path, Access(patience=20))
+    cache = Cache("s3://bucket/data", tmp_path, Access(stall_timeout=20))
     wanted = Wanted("train/index.json", len(data), hashlib.sha256(data).hexdigest())
     assert cache.fetch(wanted).read_bytes() == data
     assert begun[1][0] >= begun[0][1] + 0.2
@@ -179,7 +179,9 @@ def test_an_object_that_is_not_there_is_an_error_at_once(s3):
 
 def test_one_of_two_jobs_on_a_machine_does_not_wait_for_ever_for_the_other_ones_fetch(s3, url, tmp_path, prepared):
     with relayed(s3) as relay:
-        patient, hasty = (stream(url, access=Access(tmp_path / "cache", patience=p), **IN_ORDER) for p in (60, 1.5))
+        patient, hasty = (
+            stream(url, access=Access(tmp_path / "cache", stall_timeout=p), **IN_ORDER) for p in (60, 1.5)
+        )
         for rows in (patient, hasty):
             rows._fetchers.close(5)
             take(rows, 1)
@@ -194,10 +196,10 @@ def test_one_of_two_jobs_on_a_machine_does_not_wait_for_ever_for_the_other_ones_
         assert time.monotonic() - began < 5
 
 
-def test_the_clock_runs_only_while_somebody_waits(monkeypatch):
+def test_the_clock_runs_only_while_the_consumer_is_blocked(monkeypatch):
     now = [100.0]
     monkeypatch.setattr("ssa_pipelines.storage.stall_timer.time.monotonic", lambda: now[0])
-    clock = Patience(20)
+    clock = StallTimer(20)
     assert clock.left(95) == 15  # outside of a stream the caller waits
     with clock.waiting():
         now[0] = 110
