@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from ssa_megatron.config import Recipe
 from ssa_megatron.planning.memory import padded
-from ssa_megatron.planning.rank_shapes import Cut, cut, parameters
+from ssa_megatron.planning.rank_shapes import RankShapes, parameters, rank_shapes
 
 PERSISTENT = 100_000  # elements below which ZeRO-3 keeps a parameter whole; DeepSpeed's default
 
@@ -36,12 +36,12 @@ class Traffic:
 
 def traffic(recipe: Recipe, world: int, stage: int = 0) -> list[Traffic]:
     """A step of a rank of pipeline stage `stage`."""
-    c = cut(recipe, world)
+    c = rank_shapes(recipe, world)
     found = _tensor(recipe, c, stage) + _context(recipe, c) + _pipeline(recipe, c, stage) + _data(recipe, c, stage)
     return [t for t in found if t.ranks > 1 and t.payload]
 
 
-def _tensor(recipe: Recipe, c: Cut, stage: int) -> list[Traffic]:
+def _tensor(recipe: Recipe, c: RankShapes, stage: int) -> list[Traffic]:
     p, m = recipe.parallel, recipe.model
     again = recipe.train.recompute == "full"  # layers run forward twice
     stream, times = c.element * c.hidden * c.tokens, c.micro_batches
@@ -68,7 +68,7 @@ def _tensor(recipe: Recipe, c: Cut, stage: int) -> list[Traffic]:
     return found
 
 
-def _context(recipe: Recipe, c: Cut) -> list[Traffic]:
+def _context(recipe: Recipe, c: RankShapes) -> list[Traffic]:
     size = recipe.parallel.context
     keys = 2 * c.element * c.key * c.key_tokens * c.layers * c.micro_batches
     forwards = 1 if recipe.train.recompute == "none" else 2
@@ -78,7 +78,7 @@ def _context(recipe: Recipe, c: Cut) -> list[Traffic]:
     ]
 
 
-def _pipeline(recipe: Recipe, c: Cut, stage: int) -> list[Traffic]:
+def _pipeline(recipe: Recipe, c: RankShapes, stage: int) -> list[Traffic]:
     p = recipe.parallel
     boundary = c.element * c.hidden * c.stream_tokens * c.micro_batches
     # each chunk of layers sends activations forward and gradients back, but for the model's two ends
@@ -90,7 +90,7 @@ def _pipeline(recipe: Recipe, c: Cut, stage: int) -> list[Traffic]:
     return found
 
 
-def _data(recipe: Recipe, c: Cut, stage: int) -> list[Traffic]:
+def _data(recipe: Recipe, c: RankShapes, stage: int) -> list[Traffic]:
     held = parameters(recipe, stage)
     flat = sum(padded(n, c.shards) for n in (sum(held.matrices), sum(held.vectors)))
     weights = c.element * flat

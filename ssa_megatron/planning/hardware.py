@@ -53,6 +53,18 @@ class Hardware:
     """Bytes/s between a GPU and its host."""
     assumed: tuple[str, ...] = ("link", "network", "node", "host", "host_link")
 
+    def dense_flops(self, head_dim: int) -> float:
+        """FLOP/s of the vendor's kernel at the measured head width next to `head_dim`."""
+        return _nearest(self.dense, head_dim)
+
+    def stream_seconds(self, head_dim: int) -> float:
+        """Seconds per token and query channel of the sparse stream, at the measured head width next to `head_dim`."""
+        return _nearest(self.stream, head_dim)
+
+
+def _nearest(rows: tuple[tuple[int, float], ...], head_dim: int) -> float:
+    return min(rows, key=lambda row: abs(row[0] - head_dim))[1]
+
 
 # Attention: fitted to kernels/benchmarks/results/attention-h100-2026-11-24.csv (86a8313, one H100 80GB HBM3, torch 2.11,
 # Triton 3.6) and held to the newer rows of kernels/README.md, "Measured", by

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from ssa_megatron.config import Recipe
 from ssa_megatron.planning import activations
-from ssa_megatron.planning.rank_shapes import Cut, Parameters, cut, parameters
+from ssa_megatron.planning.rank_shapes import Parameters, RankShapes, parameters, rank_shapes
 
 ALL_REDUCE_BUCKET = 500_000_000  # elements; DeepSpeed's constant for BF16_Optimizer
 WORKSPACES = 76 * 10**6  # of cuBLAS and others, from the allocator; measured on an H100
@@ -46,7 +46,7 @@ def memory(recipe: Recipe, world: int, *, document: int | None = None) -> list[M
 
     document: tokens of a typical document in a row; None for rows that are one document each.
     """
-    c, last = cut(recipe, world, document=document), recipe.parallel.pipeline - 1
+    c, last = rank_shapes(recipe, world, document=document), recipe.parallel.pipeline - 1
     return [stage_memory(recipe, c, stage) for stage in sorted({0, last})]
 
 
@@ -55,7 +55,7 @@ def padded(elements: int, shards: int) -> int:
     return -(-elements // (2 * shards)) * 2 * shards
 
 
-def states(recipe: Recipe, c: Cut, held: Parameters) -> tuple[dict[str, int], int]:
+def states(recipe: Recipe, c: RankShapes, held: Parameters) -> tuple[dict[str, int], int]:
     """(bytes on the device by item, bytes in host memory) of weights, gradients, masters and moments."""
     groups = [sum(held.matrices), sum(held.vectors)]
     flat, stage = sum(padded(group, c.shards) for group in groups if group), recipe.zero.stage
@@ -71,13 +71,13 @@ def states(recipe: Recipe, c: Cut, held: Parameters) -> tuple[dict[str, int], in
     return found | optimizer, 0
 
 
-def reduce_buffers(recipe: Recipe, c: Cut) -> int:
+def reduce_buffers(recipe: Recipe, c: RankShapes) -> int:
     """Where ZeRO-2 and 3 collect gradients to reduce them; bf16 gradients are reduced as an fp32 copy."""
     elements = recipe.zero.reduce_bucket_mb * 2**20 // 4
     return (c.element + (4 if c.element == 2 else 0)) * elements
 
 
-def in_flight(recipe: Recipe, c: Cut, stage: int) -> float:
+def in_flight(recipe: Recipe, c: RankShapes, stage: int) -> float:
     """Micro-batches of which stage `stage` holds activations at once, under 1F1B or its interleaved form."""
     p = recipe.parallel
     if p.virtual_pipeline == 1:
@@ -86,7 +86,7 @@ def in_flight(recipe: Recipe, c: Cut, stage: int) -> float:
     return min(warm_up, c.micro_batches * p.virtual_pipeline) / p.virtual_pipeline
 
 
-def stage_memory(recipe: Recipe, c: Cut, stage: int) -> Memory:
+def stage_memory(recipe: Recipe, c: RankShapes, stage: int) -> Memory:
     m, p, mode = recipe.model, recipe.parallel, recipe.train.recompute
     held = parameters(recipe, stage)
     resident, host = states(recipe, c, held)
@@ -133,7 +133,7 @@ def stage_memory(recipe: Recipe, c: Cut, stage: int) -> Memory:
     return Memory(stage, resident, kept, phases, count, host)
 
 
-def _layer_backward(recipe: Recipe, c: Cut) -> int:
+def _layer_backward(recipe: Recipe, c: RankShapes) -> int:
     """What one layer's backward works with, its recomputed activations included."""
     weight, cast = c.ffn * c.hidden, 4 if c.element == 2 else 0
     wide = c.element * c.ffn * c.tokens  # one gradient inside the MLP: two at once, or one beside the weight's gradient

@@ -1,4 +1,4 @@
-"""How a recipe is cut: sizes on one rank, and the parameters each pipeline stage holds, from the recipe alone.
+"""Sizes on one rank, and the parameters that each pipeline stage holds, from the recipe alone.
 
 Tensor-parallel ranks of a stage hold equally much (the vocabulary is padded to their number); stages differ only by the
 embedding and the output layer. It refuses nothing: ask `parallel.topology.check` first.
@@ -8,17 +8,16 @@ import math
 from dataclasses import dataclass
 
 from ssa_megatron.config import Recipe
-from ssa_megatron.config.variants import KINDS
+from ssa_megatron.model.kinds import kind_of
 from ssa_megatron.model.shapes import padded_vocab_size
 from ssa_megatron.parallel import topology
 
-# Copies of constants of kernels/ssa_kernels/triton/tiles.py, which imports torch; a test compares them
+# A copy of a constant of kernels/ssa_kernels/triton/tiles.py, which imports torch; a test compares them
 VENDOR_TOKENS = {64: 16384, 128: 0}
-DUAL_ALONE, DUAL_DOCUMENTS = 128, 256
 
 
 @dataclass(frozen=True)
-class Cut:
+class RankShapes:
     """Sizes on one rank. Widths are channels of one token, tokens those of one micro-batch."""
 
     element: int
@@ -46,29 +45,37 @@ class Cut:
     shards: int
     """Ranks ZeRO cuts states over: data- times context-parallel."""
     micro_batches: int
+    document: int
+    """Tokens of a typical document in a row."""
     vendor: bool
-    """Dense attention runs in the vendor's kernel, which knows no documents, and no query places."""
-    one_pass: bool
-    """Both streams of `ssa` share one pass over the keys, as small query groups do."""
+    """Full attention runs in the vendor's kernel, which supports neither documents nor query positions."""
+
+    @property
+    def head_dim(self) -> int:
+        return self.query // self.heads
+
+    @property
+    def row(self) -> int:
+        """Tokens of a row that this rank attends to: the sequence length."""
+        return self.key_tokens // self.rows
 
 
-def cut(recipe: Recipe, world: int, *, document: int | None = None) -> Cut:
+def rank_shapes(recipe: Recipe, world: int, *, document: int | None = None) -> RankShapes:
     """The sizes of `recipe` on each of `world` ranks; `document`: tokens of a typical one, None for one document a row."""
     m, p, train = recipe.model, recipe.parallel, recipe.train
     data = topology.data_parallel_size(recipe, world)
     row = train.sequence_length * train.micro_batch_rows
     tokens = row // p.context
     kv_heads = max(1, m.num_kv_heads // p.tensor)
-    documents = (document or train.sequence_length) < train.sequence_length
-    one_pass = _one_pass(recipe, m.num_heads // p.tensor // kv_heads, documents)
-    return Cut(
+    document = min(document or train.sequence_length, train.sequence_length)
+    return RankShapes(
         element=2 if train.precision == "bf16" else 4,
         hidden=m.hidden_size,
         query=m.num_heads // p.tensor * m.head_dim,
         key=kv_heads * m.head_dim,
         heads=m.num_heads // p.tensor,
         kv_heads=kv_heads,
-        gates=m.num_heads // p.tensor * KINDS[recipe.attention.kind].gates,
+        gates=m.num_heads // p.tensor * kind_of(recipe).gates,
         ffn=m.ffn_size // p.tensor,
         vocabulary=padded_vocab_size(recipe) // p.tensor,
         tokens=tokens,
@@ -78,8 +85,8 @@ def cut(recipe: Recipe, world: int, *, document: int | None = None) -> Cut:
         layers=m.num_layers // p.pipeline,
         shards=data * p.context,
         micro_batches=topology.micro_batches(recipe, world),
-        vendor=not documents and not one_pass and _vendor_attends(recipe),
-        one_pass=one_pass,
+        document=document,
+        vendor=document == train.sequence_length and _vendor_attends(recipe),
     )
 
 
@@ -89,15 +96,6 @@ def _vendor_attends(recipe: Recipe) -> bool:
     takes = train.precision == "bf16" and recipe.attention.backend != "torch" and not train.deterministic
     enough = train.micro_batch_rows * train.sequence_length >= VENDOR_TOKENS.get(m.head_dim, math.inf)
     return takes and enough and recipe.parallel.context == 1
-
-
-def _one_pass(recipe: Recipe, group: int, documents: bool) -> bool:
-    """kernels/ssa_kernels/triton/tiles.py: dual()."""
-    a = recipe.attention
-    fits = a.kind == "ssa" and a.backend != "torch" and recipe.parallel.context == 1 and group <= 8
-    fits = fits and a.block_size in (16, 32, 64, 128) and recipe.model.head_dim <= 128
-    bound = (DUAL_DOCUMENTS if documents else DUAL_ALONE) * a.block_size * a.block_count
-    return fits and recipe.train.sequence_length * group <= bound
 
 
 @dataclass(frozen=True)
@@ -134,7 +132,7 @@ def parameters(recipe: Recipe, stage: int) -> Parameters:
     layer = (
         m.hidden_size * m.num_heads * m.head_dim // p.tensor,  # output projection
         qkv_rows * m.hidden_size,
-        m.num_heads * KINDS[recipe.attention.kind].gates // p.tensor * m.hidden_size,
+        m.num_heads * kind_of(recipe).gates // p.tensor * m.hidden_size,
         2 * m.ffn_size // p.tensor * m.hidden_size,
         m.ffn_size // p.tensor * m.hidden_size,
     )

@@ -8,11 +8,11 @@ long as half of the linear layers), attention by the kernels' measured rates.
 from dataclasses import dataclass
 
 from ssa_megatron.config import Recipe
-from ssa_megatron.config.variants import KINDS
+from ssa_megatron.model.kinds import kind_of
 from ssa_megatron.model.shapes import parameter_count
 from ssa_megatron.planning.communication import Traffic, traffic
 from ssa_megatron.planning.hardware import Hardware
-from ssa_megatron.planning.rank_shapes import Cut, cut, parameters
+from ssa_megatron.planning.rank_shapes import RankShapes, parameters, rank_shapes
 
 # Bytes moved by unfused element-wise kernels, forward and backward together, counted kernel by kernel
 NORM_BYTES = 120  # per channel of one norm
@@ -22,7 +22,6 @@ RESIDUAL_BYTES = 20  # per channel of a layer
 LOSS_BYTES = 54  # per logit
 ACCUMULATE_BYTES = 18  # per parameter and micro-batch: a bf16 gradient cast and added to fp32
 UPDATE_BYTES = 56  # per parameter and step: norm, clipping, AdamW, working copy, zeroing
-EDGE_KEYS = 340  # of tiles of our dense kernel that lie across an edge of what a row sees: computed and masked
 FORWARD_SHARE = 1 / 3  # of element-wise traffic and attention, that recomputation repeats
 
 
@@ -52,9 +51,9 @@ class Speed:
 
 def speed(recipe: Recipe, world: int, gpu: Hardware, *, document: int | None = None) -> Speed:
     """document: tokens of a typical document in a row; None for rows that are one document each."""
-    c, p = cut(recipe, world, document=document), recipe.parallel
+    c, p = rank_shapes(recipe, world, document=document), recipe.parallel
     stages = {0, p.pipeline - 1}
-    slowest = max((_stage_parts(recipe, c, world, gpu, stage, document) for stage in stages), key=_total)
+    slowest = max((_stage_parts(recipe, c, world, gpu, stage) for stage in stages), key=_total)
     bubble = (p.pipeline - 1) / (p.virtual_pipeline * c.micro_batches)
     parts = dict(slowest)
     if bubble:
@@ -76,9 +75,7 @@ def _total(parts: dict[str, float]) -> float:
     return sum(parts.values())
 
 
-def _stage_parts(
-    recipe: Recipe, c: Cut, world: int, gpu: Hardware, stage: int, document: int | None
-) -> dict[str, float]:
+def _stage_parts(recipe: Recipe, c: RankShapes, world: int, gpu: Hardware, stage: int) -> dict[str, float]:
     m, p, mode = recipe.model, recipe.parallel, recipe.train.recompute
     last = stage == p.pipeline - 1
     times, tokens = c.micro_batches, c.tokens * c.micro_batches
@@ -99,7 +96,7 @@ def _stage_parts(
     parts = {
         "linear layers": flops / gpu.matmul * (1 if c.element == 2 else 2),
         "element-wise": moved * scale / gpu.bandwidth,
-        "attention": tokens * c.layers * attention(recipe, c, gpu, document) * (1 + FORWARD_SHARE * core_again),
+        "attention": tokens * c.layers * kind_of(recipe).seconds(c, gpu) * (1 + FORWARD_SHARE * core_again),
         "optimizer": ACCUMULATE_BYTES * times * held.count / gpu.bandwidth + update(recipe, c, held.count, gpu),
     }
     for t in traffic(recipe, world, stage):
@@ -108,42 +105,12 @@ def _stage_parts(
     return parts
 
 
-def update(recipe: Recipe, c: Cut, count: int, gpu: Hardware) -> float:
+def update(recipe: Recipe, c: RankShapes, count: int, gpu: Hardware) -> float:
     """Seconds of AdamW on this rank's share of `count` parameters; offloaded, gradients go to the host and weights come back."""
     share = count / c.shards
     if not recipe.zero.offload_optimizer:
         return UPDATE_BYTES * share / gpu.bandwidth
     return UPDATE_BYTES * share / gpu.host + (4 + c.element) * share / gpu.host_link
-
-
-def attention(recipe: Recipe, c: Cut, gpu: Hardware, document: int | None) -> float:
-    """Seconds of one token in one layer, forward and backward, on this rank's heads."""
-    a, width = recipe.attention, recipe.model.head_dim
-    seen = min(document or recipe.train.sequence_length, recipe.train.sequence_length)
-    chosen = min(a.block_size * a.block_count, seen) * width
-
-    def dense(keys: float, vendor: bool = False) -> float:  # 3.5 times the forward's two products over half of the keys
-        rate, edge = (1.0, 0) if vendor else (gpu.own, EDGE_KEYS)
-        return 3.5 * 2 * (keys + edge) * c.query / (rate * _of_width(gpu.dense, width))
-
-    routed = c.heads * seen * gpu.route + c.kv_heads * gpu.pick
-    sparse = routed + c.kv_heads * chosen * gpu.select + c.query * _of_width(gpu.stream, width)
-    if a.kind == "ssa":
-        apart = dense(seen, c.vendor) + sparse
-        together = gpu.one_pass * dense(seen) + routed + c.heads * chosen * gpu.gather
-        return (together if c.one_pass else apart) + c.query * gpu.gate
-    kinds = {
-        "full": dense(seen, c.vendor),
-        "moba": sparse,
-        "nsa": sparse + dense(2 * min(a.window, seen)) + dense(seen / a.block_size),
-    }
-    return (
-        kinds[a.kind] + 2 * KINDS[a.kind].gates * c.query * 20 / gpu.bandwidth
-    )  # gates are element-wise kernels there
-
-
-def _of_width(rows: tuple[tuple[int, float], ...], width: int) -> float:
-    return min(rows, key=lambda row: abs(row[0] - width))[1]
 
 
 def bandwidth(recipe: Recipe, t: Traffic, world: int, gpu: Hardware) -> float:

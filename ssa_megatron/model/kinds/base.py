@@ -8,12 +8,17 @@ from abc import ABC
 from typing import TYPE_CHECKING, ClassVar
 
 from ssa_megatron.config.sections import Attention
+from ssa_megatron.errors import ConfigError
 from ssa_megatron.model.trunk import Trunk
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from ssa_megatron.model.kinds.streams import AttentionInputs
+    from ssa_megatron.planning.hardware import Hardware
+    from ssa_megatron.planning.rank_shapes import RankShapes
+
+GATE_BYTES = 40  # moved by unfused element-wise kernels per gate and query channel, forward and backward
 
 
 class AttentionKind(ABC):
@@ -62,3 +67,34 @@ class AttentionKind(ABC):
         for output in outputs[1:]:
             total = total + output
         return total, None
+
+    def kept_bytes(self, c: "RankShapes") -> dict[str, int]:
+        """Bytes that autograd keeps of the attention core in one layer for one micro-batch, by item of a memory plan."""
+        from ssa_megatron.model.kinds.streams import STREAMS, input_bytes
+
+        streams = [STREAMS[name] for name in self.streams]
+        items = {"q, k, v": input_bytes(streams, c, self.attention), "gate": 4 * c.gates * c.tokens}
+        for stream in streams:
+            items[stream.item] = items.get(stream.item, 0) + stream.kept_bytes(c, self.attention)
+        return items
+
+    def seconds(self, c: "RankShapes", gpu: "Hardware") -> float:
+        """Seconds per token of the attention core in one layer, forward and backward, on this rank's heads."""
+        from ssa_megatron.model.kinds.streams import STREAMS
+
+        streams = [stream.seconds(c, gpu, self.attention) for name, stream in STREAMS.items() if name in self.streams]
+        return sum(streams) + self.gates * c.query * GATE_BYTES / gpu.bandwidth
+
+    @classmethod
+    def exported_streams(cls) -> tuple[str, ...]:
+        """What an exported folder computes: a stream per gate, by the names of `hf/bundle/configuration_ssa.py`.
+
+        Raises ConfigError for a kind whose output is not the gated sum of its streams.
+        """
+        if cls.forward is not AttentionKind.forward or cls.gates != len(cls.streams):
+            raise ConfigError(
+                f"attention {cls.title!r} cannot be exported: it has a forward of its own",
+                remedy="define exported_streams in its class, with streams that the exported files compute",
+                id="kind-not-exportable",
+            )
+        return cls.streams

@@ -9,7 +9,7 @@ from ssa_megatron.model.shapes import padded_vocab_size, parameter_count
 from ssa_megatron.planning import activations
 from ssa_megatron.planning.communication import traffic
 from ssa_megatron.planning.memory import in_flight, memory
-from ssa_megatron.planning.rank_shapes import cut, parameters
+from ssa_megatron.planning.rank_shapes import parameters, rank_shapes
 from tests.launch import run
 from tests.ssa_megatron.support import tiny
 from tests.workers.saved_activations import CASES, DOCUMENT, recipe_of
@@ -48,7 +48,7 @@ def test_activations_are_those_autograd_keeps_to_the_byte(tmp_path):
     run(1, "tests.workers.saved_activations", str(out), timeout=240, TRITON_INTERPRET="1")
     for case, kept in zip(CASES, json.loads(out.read_text()), strict=True):
         recipe = recipe_of(*case, layers=2)
-        c = cut(recipe, 1, document=DOCUMENT)
+        c = rank_shapes(recipe, 1, document=DOCUMENT)
         assert sum(activations.layer(recipe, c, recipe.train.recompute).values()) == kept["layer"], case
         if recipe.train.recompute == "none":
             # beside the head: the rotary table; the tokens and where their documents begin, which belong to the batch
@@ -77,7 +77,7 @@ def test_stages_and_ranks_together_hold_the_model(tied, pipeline, tensor):
 def test_micro_batches_in_flight_are_those_of_1f1b(pipeline, virtual, micro_batches, first, last):
     cuts = [f"parallel.pipeline={pipeline}", f"parallel.virtual_pipeline={virtual}"]
     recipe = load_recipe("ssa-70b-128k", [*cuts, f"train.global_batch_rows={micro_batches}"])
-    c = cut(recipe, 8 * 16 * pipeline)
+    c = rank_shapes(recipe, 8 * 16 * pipeline)
     assert (in_flight(recipe, c, 0), in_flight(recipe, c, pipeline - 1)) == (first, last)
 
 
@@ -104,6 +104,6 @@ def test_every_cut_saves_what_it_is_made_for():
 
 
 def test_a_key_value_head_shared_by_ranks_is_kept_by_each():
-    eight, sixteen = (cut(load_recipe("ssa-70b-128k", [f"parallel.tensor={t}"]), 1024) for t in (8, 16))
+    eight, sixteen = (rank_shapes(load_recipe("ssa-70b-128k", [f"parallel.tensor={t}"]), 1024) for t in (8, 16))
     assert (eight.key, sixteen.key) == (128, 128)
     assert sixteen.query == eight.query // 2

@@ -8,9 +8,8 @@ import pytest
 import ssa_megatron.planning
 from ssa_kernels.triton import tiles as triton_config
 from ssa_megatron.config import load_recipe
-from ssa_megatron.planning import hardware, search
-from ssa_megatron.planning import rank_shapes as shares
-from ssa_megatron.planning import step_time as speed
+from ssa_megatron.model.kinds import kind_of, ssa
+from ssa_megatron.planning import hardware, rank_shapes, search
 
 LINES = (Path(ssa_megatron.planning.__file__).parent / "measured-h100.jsonl").read_text().splitlines()
 MEASURED = [json.loads(line) for line in LINES]
@@ -25,7 +24,7 @@ def planned(measured: dict) -> search.Candidate:
 @pytest.mark.parametrize("measured", MEASURED, ids=NAMES)
 def test_memory_is_within_a_percent_and_activations_within_three(measured, monkeypatch):
     if "vendor_tokens" in measured:  # older than the kernels' choice of today, whose effect is a tensor the plan knows
-        monkeypatch.setitem(shares.VENDOR_TOKENS, 64, measured["vendor_tokens"])
+        monkeypatch.setitem(rank_shapes.VENDOR_TOKENS, 64, measured["vendor_tokens"])
     peaks = {
         max(value for phase, value in stage.phases.items() if phase != "step"): stage
         for stage in planned(measured).stages
@@ -82,12 +81,12 @@ def test_attention_is_within_a_sixth_of_the_kernels_benchmark(
         "model.head_dim": width,
     }
     recipe = load_recipe("ssa-1b", [f"{key}={value}" for key, value in overrides.items()])
-    c = shares.cut(recipe, 1, document=document)
-    found = speed.attention(recipe, c, hardware.find("h100"), document) * rows * length * 1000
+    c = rank_shapes.rank_shapes(recipe, 1, document=document)
+    found = kind_of(recipe).seconds(c, hardware.find("h100")) * rows * length * 1000
     assert found == pytest.approx(milliseconds, rel=1 / 6)
 
 
 def test_the_plan_knows_which_kernel_attends_as_the_kernels_do():
     """The plan imports no torch, so it has copies; a stale one planned cuDNN's extra tensors where our kernel runs."""
-    assert shares.VENDOR_TOKENS == triton_config.VENDOR_TOKENS
-    assert (shares.DUAL_ALONE, shares.DUAL_DOCUMENTS) == (triton_config.DUAL_ALONE, triton_config.DUAL_DOCUMENTS)
+    assert rank_shapes.VENDOR_TOKENS == triton_config.VENDOR_TOKENS
+    assert (ssa.DUAL_ALONE, ssa.DUAL_DOCUMENTS) == (triton_config.DUAL_ALONE, triton_config.DUAL_DOCUMENTS)

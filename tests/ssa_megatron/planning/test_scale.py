@@ -9,7 +9,7 @@ import pytest
 
 from ssa_megatron.config import load_recipe
 from ssa_megatron.planning.memory import stage_memory
-from ssa_megatron.planning.rank_shapes import cut
+from ssa_megatron.planning.rank_shapes import rank_shapes
 from tests.launch import run
 
 # recipe, world -> (overrides, ranks: first, last, one in the middle of everything, one of every pipeline stage)
@@ -24,7 +24,7 @@ WORLDS = {
 def test_a_rank_of_a_large_world_is_what_the_plan_says(name, world):
     overrides, ranks = WORLDS[name, world]
     recipe = load_recipe(name, overrides)
-    planned = cut(recipe, world)
+    planned = rank_shapes(recipe, world)
     parallel, m = recipe.parallel, recipe.model
     output = run(1, "tests.workers.dry_rank", name, str(world), *map(str, ranks), *overrides, timeout=200)
     found = json.loads(output.strip().splitlines()[-1])

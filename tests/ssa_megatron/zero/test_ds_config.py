@@ -6,7 +6,7 @@ import pytest
 
 from ssa_megatron.parallel import state
 from ssa_megatron.planning.memory import reduce_buffers
-from ssa_megatron.planning.rank_shapes import cut
+from ssa_megatron.planning.rank_shapes import rank_shapes
 from ssa_megatron.zero.ds_config import deepspeed_config
 from tests.ssa_megatron.support import tiny
 
@@ -28,7 +28,7 @@ def test_communication_overlaps_where_deepspeed_does_it_right_and_the_plan_count
     assert deepspeed_config(recipe)["zero_optimization"]["overlap_comm"] == overlaps
     if buffers:
         sizes = {"fp32": 4 * buffers, "bf16": 2 * buffers + 4}  # an fp32 copy of bf16 gradients is what is reduced
-        assert reduce_buffers(recipe, cut(recipe, 2)) == sizes[precision] * 2**20
+        assert reduce_buffers(recipe, rank_shapes(recipe, 2)) == sizes[precision] * 2**20
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
