@@ -55,7 +55,7 @@ class RopeScaling(Section):
 
 
 class Model(Section):
-    """The transformer. Sizes of the paper: method.md's table; ours in recipes/."""
+    """The transformer. The paper's sizes are in docs/method.md, "Sizes of the paper's models"; ours in recipes/."""
 
     vocab_size: int = Field(ge=2)
     """Rows of the embedding; at least the tokenizer's number of pieces."""

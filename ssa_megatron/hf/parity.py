@@ -204,7 +204,7 @@ def _trainer_layer(w: dict[str, Tensor], x: Tensor, table, config: SSAConfig, mo
 
 
 def _ties(q: Tensor, k: Tensor, config: SSAConfig, count: int) -> Tensor:
-    """bool [1, N]: for some group, the last block chosen and the first not chosen have the same score (method.md, step 4)."""
+    """bool [1, N]: the last block chosen and the first not chosen of some group score the same (docs/method.md, step 4)."""
     tokens, groups = q.shape[1], k.shape[2]
     index, own = torch.arange(tokens // config.block_size), torch.arange(tokens)[:, None] // config.block_size
     pooled = k[:, : len(index) * config.block_size].unflatten(1, (len(index), -1)).mean(2)

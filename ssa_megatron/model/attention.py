@@ -69,7 +69,7 @@ class SSACoreAttention(nn.Module):
 
 
 class SSASelfAttention(SelfAttention):
-    """megatron-core's self-attention with SSA's gate: one (nsa: three) scalar per query head and token (method.md, step 2)."""
+    """megatron-core's self-attention with SSA's gate, one scalar per query head, token and gate (docs/method.md, step 2)."""
 
     def __init__(self, config, submodules, layer_number, *, attention: Attention, **kwargs):
         super().__init__(config, submodules, layer_number, **kwargs)

@@ -1,4 +1,4 @@
-"""Rotary position embedding, half-rotation form over the whole head (method.md; Llama).
+"""Rotary position embedding, half-rotation form over the whole head (docs/method.md, step 1; Llama).
 
 Positions come with the batch and restart at each packed document, so a packed document is rotated bit for bit as it is alone.
 Tables and the rotation are fp32 whatever the model's precision.

@@ -1,7 +1,8 @@
 """The trunk draw: which stream a micro-batch trains the trunk on.
 
 A pure function of (seed, step, global micro-batch index), so every tensor-, pipeline- and context-parallel rank, every
-recomputation and every resumed run sees the same draw with no state to save (method.md, "Mode draw"; paper section 3.3).
+recomputation and every resumed run sees the same draw with no state to save (docs/method.md, "The trunk draw"; section 3.3 of
+the paper).
 """
 
 import hashlib
