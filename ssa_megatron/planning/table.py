@@ -1,8 +1,10 @@
-"""What ssa_megatron/README.md shows of the planning code: the compatibility table and an example, generated.
+"""The parts of docs/ that come from code: the table of legal combinations and an example plan.
 
-`python -m ssa_megatron.planning.table` brings the README up to date; a test fails while it is not.
+`python -m ssa_megatron.planning.table` writes them into the pages, between markers; a test fails while a page is out of date. It
+needs a checkout: the pages are not installed.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
 from ssa_megatron.config import load_recipe
@@ -10,18 +12,18 @@ from ssa_megatron.parallel.topology import RULES
 from ssa_megatron.planning import hardware, search
 from ssa_megatron.planning import plan_page as page
 
-README = Path(__file__).resolve().parents[1] / "README.md"
+DOCS = Path(__file__).resolve().parents[2] / "docs"
 RECIPE, WORLD, DOCUMENT, TOP = "ssa-8b", 64, 2048, 5
 
 
 def rules() -> str:
-    """One row a rule, in the order they are asked."""
+    """One table row per rule, in the order in which they are checked."""
     rows = [f"| `{rule.fields}` | {rule.reason} | {rule.remedy} |" for rule in RULES]
     return "\n".join(("| field | refused, because | works instead |", "|---|---|---|", *rows))
 
 
 def example() -> str:
-    """What `ssa plan` prints for one recipe, but for the disk of the machine it runs on."""
+    """What `ssa plan` prints for one recipe, without the disk of the machine it runs on."""
     recipe, gpu = load_recipe(RECIPE), hardware.find("h100")
     plan = search.evaluate(recipe, WORLD, gpu, document=DOCUMENT)
     best = search.ranked(search.fitting(recipe, WORLD, gpu, document=DOCUMENT))[:TOP]
@@ -29,14 +31,24 @@ def example() -> str:
     return f"```\n$ {command}\n{page.render(plan, best, gpu, None)}\n```"
 
 
-def updated(text: str) -> str:
-    """`text` with what is between the markers of each section replaced by today's."""
-    for name, content in (("rules", rules()), ("example", example())):
-        begin, end = f"<!-- {name}: python -m ssa_megatron.planning.table -->", f"<!-- end of {name} -->"
-        before, _, rest = text.partition(begin)
-        text = f"{before}{begin}\n{content}\n{end}{rest.partition(end)[2]}"
-    return text
+SECTIONS: dict[str, tuple[str, Callable[[], str]]] = {
+    "parallelism.md": ("rules", rules),
+    "planner.md": ("example", example),
+}
+"""The generated section of each page: marker and content."""
+
+
+def updated(name: str) -> str:
+    """The text of page `name` with its generated section replaced by today's. Raises ValueError when a marker is missing."""
+    text, (marker, content) = (DOCS / name).read_text(), SECTIONS[name]
+    begin, end = f"<!-- {marker}: python -m ssa_megatron.planning.table -->", f"<!-- end of {marker} -->"
+    before, found, rest = text.partition(begin)
+    _, closed, after = rest.partition(end)
+    if not (found and closed):
+        raise ValueError(f"{DOCS / name}: the section {begin} ... {end} is missing")
+    return f"{before}{begin}\n{content()}\n{end}{after}"
 
 
 if __name__ == "__main__":
-    README.write_text(updated(README.read_text()))
+    for page_name in SECTIONS:
+        (DOCS / page_name).write_text(updated(page_name))

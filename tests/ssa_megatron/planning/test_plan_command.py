@@ -210,7 +210,6 @@ def test_an_unknown_gpu_is_refused():
     assert "h100" in refused.value.remedy
 
 
-def test_what_the_readme_shows_is_current():
-    text = table.README.read_text()
-    assert text.count("python -m ssa_megatron.planning.table -->") == 2
-    assert text == table.updated(text), "run: python -m ssa_megatron.planning.table"
+@pytest.mark.parametrize("name", table.SECTIONS)
+def test_what_the_documentation_shows_is_current(name):
+    assert (table.DOCS / name).read_text() == table.updated(name), "run: python -m ssa_megatron.planning.table"
