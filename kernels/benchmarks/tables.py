@@ -1,4 +1,4 @@
-"""Rows of the benchmark as the Markdown tables of README.md: contenders down, shapes across, medians over the runs.
+"""Rows of the benchmark as the Markdown tables of docs/performance.md: contenders down, shapes across, medians over the runs.
 
 A cell is forward / forward+backward in milliseconds; a refusal or a failed accuracy gate stands in its cell.
 """

@@ -1,6 +1,7 @@
 """Global names: what each local parameter of a Megatron model is a part of, whatever the topology.
 
-A local parameter is a concatenation of slabs; each slab is a rectangle of one globally named tensor (README, "Global names").
+A local parameter is a concatenation of slabs; each slab is a rectangle of one globally named tensor
+(docs/checkpoint-format.md, "Global names").
 Fused projections (q/k/v per query group, gate/up) and tensor-parallel cuts are undone here and nowhere else; padding rows of
 the vocabulary belong to no slab.
 """

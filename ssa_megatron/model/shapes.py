@@ -1,6 +1,7 @@
-"""The shape of every weight under its global name (README, "Global names"): what a model is, before any topology cuts it.
+"""The shape of every weight under its global name: what a model is before a topology divides it.
 
-Needs the recipe alone, so planning, reports and exports can ask without importing megatron-core.
+The names are listed in docs/checkpoint-format.md, "Global names". This module needs only the recipe, so planning,
+reports and exports can ask without importing megatron-core.
 """
 
 import math

@@ -67,7 +67,7 @@ def _nearest(rows: tuple[tuple[int, float], ...], head_dim: int) -> float:
 
 
 # Attention: fitted to kernels/benchmarks/results/attention-h100-2026-11-24.csv (86a8313, one H100 80GB HBM3, torch 2.11,
-# Triton 3.6) and held to the newer rows of kernels/README.md, "Measured", by
+# Triton 3.6) and held to the newer rows of docs/performance.md, "Attention kernels", by
 # test_planning_measured.py. The rest: training runs of measured-h100.jsonl.
 _H100 = Hardware(
     name="h100",

@@ -1,4 +1,4 @@
-"""A killed rank costs seconds: the figure of cluster/README.md."""
+"""A killed rank costs seconds: the figure of docs/operations.md."""
 
 import pytest
 

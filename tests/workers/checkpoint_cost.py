@@ -1,7 +1,7 @@
 """Worker: what a checkpoint costs: peak memory of a save and of a load, and the step that runs while it is written.
 
 usage: python -m tests.workers.checkpoint_cost OUT.json [HIDDEN LAYERS VOCABULARY LENGTH]
-The sizes of the model; those of the README are 512 8 32000 256, the default.
+The sizes of the model; those of docs/checkpoint-format.md are 512 8 32000 256, the default.
 """
 
 import json

@@ -21,7 +21,7 @@ MOST_BLOCKS = 65  # a larger budget is selected by PyTorch and attended by split
 
 
 class Tiles(NamedTuple):
-    """Checked-in choices of one head dimension, measured on an H100 (README.md); never tuned in a run."""
+    """Checked-in choices of one head dimension, measured on an H100 (docs/performance.md); never tuned in a run."""
 
     pooled: int = 128  # pooled keys of a step
     keys: int = 128  # keys of a step

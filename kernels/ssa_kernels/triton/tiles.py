@@ -46,7 +46,7 @@ class Config(NamedTuple):
     dual_dkv: tuple[int, int, int, int] = (64, 64, 4, 2)
 
 
-# Measured on one H100 80GB (bf16, shapes A and B of README.md). Spills decide at 128: one warp cannot hold the tiles.
+# Measured on one H100 80GB (bf16, shapes A and B of docs/performance.md). Spills decide at 128: one warp cannot hold the tiles.
 TABLE = {
     64: Config(),
     128: Config(
@@ -79,8 +79,8 @@ def dual(q: Tensor, k: Tensor, size: int, count: int, doc_starts: Tensor | None,
 
     In that pass a second stream costs products with every earlier key; gathered, it costs `size * count` keys a token,
     once for the whole query group. So the pass wins while tokens * group stay below a multiple of the budget. Measured
-    at head dimension 128 and a budget of 256 (README.md): 128 is 8k tokens of groups of 4 (10 % faster) and 32k of groups of
-    1 (8 %), 256 is 8k of groups of 8 (6 % slower). Documents, which are shorter than their row, shorten the pass alone.
+    at head dimension 128 and a budget of 256 (docs/performance.md): 128 is 8k tokens of groups of 4 (10 % faster) and 32k of
+    groups of 1 (8 %), 256 is 8k of groups of 8 (6 % slower). Documents, which are shorter than their row, shorten the pass alone.
     """
     group = q.shape[2] // k.shape[2]
     fits = query_index is None and size in (16, 32, 64, 128) and q.shape[3] <= 128 and group <= 8

@@ -93,7 +93,7 @@ def load_at_once(folder, place, environments):
 
 @pytest.mark.parametrize("cache", ["filled before", "one each"])
 def test_processes_that_load_at_once_all_do(folder, tmp_path, cache):
-    """An empty cache that they share is transformers' to fill, and it copies in place: one may read half a file (README)."""
+    """transformers fills an empty shared cache by copying in place: one may read half a file (docs/huggingface.md)."""
     common = os.environ | {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""}
     environments = [common] * 3
     if cache == "one each":

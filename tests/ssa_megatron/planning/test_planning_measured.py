@@ -46,8 +46,8 @@ def test_time_is_within_a_tenth(measured):
     assert planned(measured).speed.seconds == pytest.approx(measured["seconds"], rel=0.1)
 
 
-# kernels/README.md, "Measured" (one H100, torch 2.11, Triton 3.6; 27eb103, groups of 1 and 4 past 8k tokens 86a8313): kind, rows,
-# tokens, query heads, key/value heads, head width, document, milliseconds forward and backward
+# docs/performance.md, "Attention kernels" (one H100, torch 2.11, Triton 3.6; 27eb103, groups of 1 and 4 past 8k tokens
+# 86a8313): kind, rows, tokens, query heads, key/value heads, head width, document, milliseconds forward and backward
 ATTENTION = [
     ("ssa", 1, 8192, 32, 2, 64, None, 3.15),
     ("ssa", 4, 8192, 32, 2, 64, None, 12.2),
