@@ -13,6 +13,7 @@ from ssa_megatron.config import dump_recipe
 from ssa_megatron.errors import RunFolderError
 from ssa_megatron.train.metrics import Metrics, read_metrics
 from tests import launch
+from tests.errors import raises
 from tests.ssa_megatron.conftest import corpus, dataset, tokenizer  # noqa: F401 (fixtures)
 from tests.ssa_megatron.support import tiny
 
@@ -101,6 +102,6 @@ def test_a_damaged_line_of_the_metrics_is_named_and_takes_no_other_line_with_it(
     for damaged in ("{", "17", '{"loss": 1.0}'):
         path.write_text("\n".join([lines[0], damaged, *lines[2:]]) + "\n")
         before = path.read_bytes()
-        with pytest.raises(RunFolderError, match=r"metrics\.jsonl, line 2, is damaged"):
+        with raises(RunFolderError, "metrics-damaged", path, "line 2"):
             Metrics(path, resume_step=5)
         assert path.read_bytes() == before

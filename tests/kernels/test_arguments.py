@@ -3,11 +3,14 @@
 One row per mistake.
 """
 
+import re
+
 import pytest
 import torch
 
 import ssa_kernels
 from ssa_kernels import BlockSpec, KernelArgumentError
+from tests.errors import raises
 
 
 def call(**change):
@@ -67,35 +70,33 @@ WRONG = [
 
 @pytest.mark.parametrize(("name", "change"), WRONG, ids=[f"{i}-{name}" for i, (name, _) in enumerate(WRONG)])
 def test_a_wrong_argument_is_named(name, change):
-    with pytest.raises(KernelArgumentError) as caught:
+    with raises(KernelArgumentError, re.split(r"[\[ ]", name)[0]) as caught:
         call(**change)
-    text = str(caught.value)
-    assert text.startswith(name + ":")
-    assert "got" in text
-    assert "expected" in text
+    assert caught.value.args[0] == name
 
 
 def test_wrong_blocks_and_window_are_named():
     q, k = torch.randn(1, 20, 4, 8), torch.randn(1, 20, 2, 8)
-    for blocks in (torch.zeros(1, 20, 4, 2, dtype=torch.int32), torch.zeros(1, 20, 2, 2)):
-        with pytest.raises(KernelArgumentError, match=r"^blocks"):
+    heads, floats = torch.zeros(1, 20, 4, 2, dtype=torch.int32), torch.zeros(1, 20, 2, 2)
+    for id, blocks in (("blocks.shape", heads), ("blocks.dtype", floats)):
+        with raises(KernelArgumentError, id):
             ssa_kernels.sparse_attention(q, k, k, BlockSpec(4, 2), blocks=blocks)
-    with pytest.raises(KernelArgumentError, match=r"^window"):
+    with raises(KernelArgumentError, "window", 0):
         ssa_kernels.window_attention(q, k, k, 0)
-    with pytest.raises(KernelArgumentError, match=r"^window: got True"):
+    with raises(KernelArgumentError, "window", True):
         ssa_kernels.window_attention(q, k, k, True)
 
 
 @pytest.mark.parametrize(
-    ("wrong", "text"),
+    ("wrong", "named"),
     [
-        (-2, r"^blocks: got values -2\.\.4, expected -1 \(none\) or 0\.\.4, "),
-        (5, r"^blocks: got values -1\.\.5, expected"),
-        (1 << 28, r"^blocks: got values"),  # times the block size it wraps around, into other tensors' memory
-        (4, r"^blocks\[0, 19, 1\]: got block 4 twice, expected every block once"),
+        (-2, "-2..4"),
+        (5, "-1..5"),
+        (1 << 28, 1 << 28),  # times the block size it wraps around, into other tensors' memory
+        (4, "blocks[0, 19, 1]: got block 4 twice"),
     ],
 )
-def test_blocks_that_select_blocks_never_gives_are_named(wrong, text):
+def test_blocks_that_select_blocks_never_gives_are_named(wrong, named):
     q, k = torch.randn(1, 20, 4, 8), torch.randn(1, 20, 2, 8)
     blocks = torch.zeros(1, 20, 2, 2, dtype=torch.int32)
     blocks[..., 0] = torch.arange(20)[:, None] // 4
@@ -106,7 +107,7 @@ def test_blocks_that_select_blocks_never_gives_are_named(wrong, text):
         lambda: ssa_kernels.sparse_attention(q, k, k, BlockSpec(4, 2), blocks=blocks),
         lambda: ssa_kernels.ssa_attention(q, k, k, q[..., 0], BlockSpec(4, 2), trunk="full", blocks=blocks),
     ):
-        with pytest.raises(KernelArgumentError, match=text):
+        with raises(KernelArgumentError, "blocks", named):
             call()
 
 
@@ -120,7 +121,7 @@ def test_a_budget_beyond_the_row_costs_no_more_than_the_row():
 
 
 def test_triton_on_a_cpu_is_refused():
-    with pytest.raises(KernelArgumentError, match=r"^backend"):
+    with raises(KernelArgumentError, "backend"):
         call(backend="triton")
 
 
@@ -129,10 +130,10 @@ def test_what_the_triton_kernels_cannot_number_is_refused():
     refuse = pytest.importorskip("ssa_kernels.triton.backend").refuse
     q, k = (torch.empty(2, 1 << 17, heads, 64, dtype=torch.half, device="meta") for heads in (32, 2))
     refuse(q, k, 4095)
-    with pytest.raises(KernelArgumentError, match=r"^spec\.block_count: got 4096, a selection of 2147483648 blocks"):
+    with raises(KernelArgumentError, "spec.block_count", 4096, 2147483648):
         refuse(q, k, 4096)
     refuse(torch.empty(65535, 1, 1, 16, device="meta"))
-    with pytest.raises(KernelArgumentError, match=r"^q\.shape\[0\]: got 65536"):
+    with raises(KernelArgumentError, "q.shape", "q.shape[0]", 65536):
         refuse(torch.empty(65536, 1, 1, 16, device="meta"))
 
 

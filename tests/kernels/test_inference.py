@@ -10,6 +10,7 @@ import torch
 import ssa_kernels
 from ssa_kernels import BlockSpec, KernelArgumentError, KVCache, PagedKVCache, cached_attention, cached_blocks
 from ssa_kernels.reference import oracle
+from tests.errors import raises
 
 from .cached import fill, last, make_cache, sequences, step, whole
 
@@ -154,7 +155,7 @@ def test_a_full_cache_refuses_and_stays_as_it_was():
         data = sequences([40, 40], 4, 2, 8)
         fill(cache, data, [31, 20])
         kept = cache.keys.clone(), cache.lengths.clone()
-        with pytest.raises(KernelArgumentError, match=r"^k.shape\[1\].*sequence 0"):
+        with raises(KernelArgumentError, "k.shape", "k.shape[1]", "sequence 0"):
             step(cache, data, 2)
         assert cache.host_lengths == [31, 20]
         torch.testing.assert_close((cache.keys, cache.lengths), kept, equal_nan=True)
@@ -220,8 +221,9 @@ def test_wrong_caches_and_appends_are_named():
         ("length", lambda: paged.assign(0, [0], length=17)),
     ]
     for name, mistake in mistakes:
-        with pytest.raises(KernelArgumentError, match=rf"^{name}:".replace(".", r"\.")):
+        with pytest.raises(KernelArgumentError) as caught:
             mistake()
+        assert caught.value.args[0] == name
 
 
 def test_a_cache_keeps_no_graph_of_what_it_is_given():

@@ -23,6 +23,7 @@ from ssa_megatron.checkpoint.writer import prune, save_checkpoint
 from ssa_megatron.config import digest
 from ssa_megatron.errors import CheckpointError
 from ssa_megatron.model.shapes import global_shapes
+from tests.errors import raises
 from tests.ssa_megatron.support import build, take_steps, tiny
 
 SHARE = "rank-00000-000.safetensors"
@@ -161,7 +162,7 @@ def test_whole_tensors_are_read_by_global_name(written, trained):
 
 
 def test_a_tensor_that_is_not_there_is_named(written):
-    with pytest.raises(CheckpointError, match=r"step-00000003 holds no tensor 'model\.nothing'"):
+    with raises(CheckpointError, "no-such-tensor", "step-00000003", "model.nothing"):
         Checkpoint.open(written).tensor("model.nothing")
 
 
@@ -169,13 +170,12 @@ def test_open_finds_the_newest_the_asked_and_the_named_step(written):
     assert Checkpoint.open(written).content.step == 3
     assert Checkpoint.open(written, step=2).content.step == 2
     assert Checkpoint.open(written / "checkpoints" / "step-00000002").content.step == 2
-    with pytest.raises(CheckpointError, match="no checkpoint of step 7") as refused:
+    with raises(CheckpointError, "no-checkpoint-of-step", 7, "3, 2"):
         Checkpoint.open(written, step=7)
-    assert "3, 2" in refused.value.remedy
 
 
 def test_a_folder_without_checkpoints_is_refused(tmp_path):
-    with pytest.raises(CheckpointError, match="holds no committed checkpoint"):
+    with raises(CheckpointError, "no-committed-checkpoint", tmp_path):
         Checkpoint.open(tmp_path)
 
 
@@ -282,11 +282,10 @@ def test_a_run_without_checkpoints_starts_from_scratch(tmp_path, alone):
 def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_from_scratch(run, alone):
     for step in (2, 3):
         _flip(SHARE, lambda size: size - 1)(run / "checkpoints" / f"step-{step:08d}")
-    with pytest.raises(CheckpointError) as refused:
+    with raises(
+        CheckpointError, "no-intact-checkpoint", "step-00000002", "step-00000003", "sha256", run / "checkpoints"
+    ):
         newest_valid(run, alone)
-    for name in ("step-00000002", "step-00000003", "sha256"):
-        assert name in refused.value.problem
-    assert "move it away to start from scratch" in refused.value.remedy
 
 
 def test_latest_pointing_nowhere_does_not_matter(run, alone):
@@ -296,7 +295,7 @@ def test_latest_pointing_nowhere_does_not_matter(run, alone):
 
 def test_a_checkpoint_of_a_wider_model_is_not_poured_into_a_narrower_one(written, alone):
     _, other = build(tiny(model__tied_embeddings=False), alone)
-    with pytest.raises(CheckpointError, match=r"holds no tensor 'lm_head\.weight'"):
+    with raises(CheckpointError, "no-such-tensor", "lm_head.weight"):
         load_into(Checkpoint.open(written), other, applied_steps=3)
 
 
@@ -305,7 +304,7 @@ def test_pieces_that_do_not_cover_a_tensor_are_noticed(run):
     manifest = Manifest.read(folder)
     manifest.tensors["model.norm.weight"]["master"]["pieces"].clear()
     (folder / "manifest.json").write_text(replace(manifest).to_json())
-    with pytest.raises(CheckpointError, match=r"master model\.norm\.weight covers 0 of 32"):
+    with raises(CheckpointError, "tensor-not-covered", "master model.norm.weight", 0, 32):
         Checkpoint.open(run).tensor("model.norm.weight", "master")
 
 
@@ -334,15 +333,15 @@ def _of_another_length(tensors) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "says"),
+    ("change", "id", "mentions"),
     [
-        (_twice_the_first_half, r"manifest says 16 elements"),
-        (_of_an_unlisted_file, r"which the manifest does not list"),
-        (_of_another_length, r"has shape \[1696\], the manifest says 32 elements"),
+        (_twice_the_first_half, "tensor-shape-differs", [16]),
+        (_of_an_unlisted_file, "tensor-file-not-listed", [SHARE]),
+        (_of_another_length, "tensor-shape-differs", [1696, 32]),
     ],
 )
-def test_a_manifest_that_contradicts_its_files_is_refused_not_read_as_whatever_memory_held(run, change, says):
-    with pytest.raises(CheckpointError, match=says):
+def test_a_manifest_that_contradicts_its_files_is_refused_not_read_as_whatever_memory_held(run, change, id, mentions):
+    with raises(CheckpointError, id, *mentions):
         _edited(run, change).tensor("model.norm.weight", "master")
 
 
@@ -350,7 +349,7 @@ def test_pieces_that_overlap_and_leave_a_gap_are_noticed_although_their_elements
     checkpoint = Checkpoint.open(run)
     pieces = [{"range": [0, 16]}, {"range": [0, 16]}]
     checkpoint._read = lambda piece, first, last: torch.zeros(last - first)
-    with pytest.raises(CheckpointError, match=r"elements 16\.\.32 are missing"):
+    with raises(CheckpointError, "tensor-incomplete", "16..32"):
         checkpoint._fill(torch.empty(32), 0, pieces, "master x")
 
 

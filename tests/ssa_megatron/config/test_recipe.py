@@ -6,6 +6,7 @@ import yaml
 from ssa_megatron.config import digest, dump_recipe, load_recipe, packaged_recipes, resolve
 from ssa_megatron.config.recipe import differences
 from ssa_megatron.errors import ConfigError
+from tests.errors import raises
 from tests.golden import RECIPES
 from tests.ssa_megatron.support import TINY, tiny
 
@@ -106,92 +107,112 @@ def test_a_recipe_is_read_from_a_file_by_its_path(tmp_path):
 
 # -------------------------------------------------------------------------------------------------------- mistakes
 REFUSED = {
-    "unknown section": (["trian.steps=1"], ["trian: unknown key", "did you mean 'train'?"]),
-    "mistyped key": (["train.stepps=1"], ["train.stepps: unknown key", "did you mean 'steps'?"]),
+    "unknown section": (["trian.steps=1"], "unknown-key", ["trian", "'train'"]),
+    "mistyped key": (["train.stepps=1"], "unknown-key", ["train.stepps", "'steps'"]),
     "unknown key like nothing": (
         ["zero.qqq=1"],
-        ["zero.qqq: unknown key", "known: offload_optimizer, reduce_bucket_mb, stage"],
+        "unknown-key",
+        ["zero.qqq", "offload_optimizer, reduce_bucket_mb, stage"],
     ),
     "mistyped key two levels down": (
         ["model.rope_scaling.facto=2"],
-        ["model.rope_scaling.facto: unknown key", "did you mean 'factor'?"],
+        "unknown-key",
+        ["model.rope_scaling.facto", "'factor'"],
     ),
-    "text for a number": (["train.steps=many"], ["train.steps", "'many'"]),
-    "no steps": (["train.steps=0"], ["train.steps", "greater than or equal to 1", "got 0"]),
-    "a stage that is true": (["zero.stage=true"], ["zero.stage", "not a truth value", "True"]),
-    "an optional number that is true": (["data.cache_limit=true"], ["data.cache_limit", "not a truth value", "True"]),
-    "half a step": (["train.steps=1.5"], ["train.steps", "1.5"]),
-    "unknown attention": (["attention.kind=linear"], ["attention.kind", "full, moba, nsa, ssa", "'linear'"]),
-    "a probability above 1": (["attention.sparse_probability=1.5"], ["attention.sparse_probability", "1.5"]),
-    "negative learning rate": (["optimizer.lr=-1e-3"], ["optimizer.lr", "greater than 0", "-0.001"]),
-    "infinite learning rate": (["optimizer.lr=.inf"], ["optimizer.lr", "finite", "inf"]),
-    "learning rate that is no number": (["optimizer.lr=.nan"], ["optimizer.lr", "nan"]),
-    "groups that do not divide the heads": (["model.num_kv_heads=3"], ["num_kv_heads=3 must divide num_heads=4"]),
-    "odd head": (["model.head_dim=31"], ["head_dim=31 must be even"]),
+    "text for a number": (["train.steps=many"], "int-parsing", ["train.steps", "'many'"]),
+    "no steps": (["train.steps=0"], "greater-than-equal", ["train.steps", 1, "got 0"]),
+    "a stage that is true": (["zero.stage=true"], "number-not-truth-value", ["zero.stage", True]),
+    "an optional number that is true": (
+        ["data.cache_limit=true"],
+        "number-not-truth-value",
+        ["data.cache_limit", True],
+    ),
+    "half a step": (["train.steps=1.5"], "int-from-float", ["train.steps", 1.5]),
+    "unknown attention": (
+        ["attention.kind=linear"],
+        "unknown-variant-name",
+        ["attention.kind", "full, moba, nsa, ssa", "'linear'"],
+    ),
+    "a probability above 1": (
+        ["attention.sparse_probability=1.5"],
+        "less-than-equal",
+        ["attention.sparse_probability", 1.5],
+    ),
+    "negative learning rate": (["optimizer.lr=-1e-3"], "greater-than", ["optimizer.lr", -0.001]),
+    "infinite learning rate": (["optimizer.lr=.inf"], "finite-number", ["optimizer.lr", "inf"]),
+    "learning rate that is not a number": (["optimizer.lr=.nan"], "finite-number", ["optimizer.lr", "nan"]),
+    "groups that do not divide the heads": (
+        ["model.num_kv_heads=3"],
+        "kv-heads-divide-heads",
+        ["num_kv_heads=3", "num_heads=4"],
+    ),
+    "odd head": (["model.head_dim=31"], "head-dim-even", ["head_dim=31"]),
     "micro-batch that does not divide the batch": (
         ["train.micro_batch_rows=3", "train.global_batch_rows=8"],
-        ["train.micro_batch_rows=3 must divide train.global_batch_rows=8"],
+        "micro-batch-divides",
+        ["train.micro_batch_rows=3", "train.global_batch_rows=8"],
     ),
     "rows longer than the model": (
         ["train.sequence_length=513"],
-        ["train.sequence_length=513 is longer than model.max_sequence_length=512"],
+        "row-longer-than-model",
+        ["train.sequence_length=513", "model.max_sequence_length=512"],
     ),
-    "override without a value": (["train.steps"], ["'train.steps'", "section.field=value", "e.g. train.steps=100"]),
-    "override without a field": (["train.=1"], ["'train.=1'", "section.field=value"]),
-    "a value where a section should be": (["name.x=1"], ["'name.x=1'", "'name' is a value, not a section"]),
-    "a value that is no YAML": (["train.steps=[1"], ["'train.steps=[1'", "not valid YAML"]),
+    "RoPE frequencies the wrong way round": (
+        ["model.rope_scaling.high_freq_factor=1"],
+        "rope-frequencies",
+        ["high_freq_factor=1.0", "low_freq_factor=1.0"],
+    ),
+    "a dataset and several": (["data.path=a", "data.sources.web=b"], "path-and-sources", ["path", "sources"]),
+    "override without a value": (["train.steps"], "override-form", ["'train.steps'", "section.field=value"]),
+    "override without a field": (["train.=1"], "override-form", ["'train.=1'", "section.field=value"]),
+    "a value where a section should be": (["name.x=1"], "override-not-a-section", ["'name.x=1'", "'name'"]),
+    "a value that is not YAML": (["train.steps=[1"], "override-not-yaml", ["'train.steps=[1'"]),
 }
 
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_a_mistake_is_refused_with_field_value_and_remedy(case):
-    overrides, words = REFUSED[case]
-    with pytest.raises(ConfigError) as refused:
+    overrides, id, mentions = REFUSED[case]
+    with raises(ConfigError, id, *mentions) as refused:
         load_recipe("demo", overrides)
-    for word in words:
-        assert word in str(refused.value)
     assert refused.value.remedy
     assert refused.value.exit_code == 2
 
 
-def test_every_mistake_of_a_recipe_is_told_at_once():
-    with pytest.raises(ConfigError) as refused:
+def test_every_mistake_of_a_recipe_is_reported_at_once_with_its_own_id():
+    fields = ("train.steps", "model.hiden_size", "optimizer.lr")
+    ids = ("[unknown-key]", "[greater-than]", "[greater-than-equal]")
+    with raises(ConfigError, "unknown-key", *fields, *ids):
         load_recipe("demo", ["train.steps=0", "model.hiden_size=3", "optimizer.lr=0"])
-    for field in ("train.steps", "model.hiden_size", "optimizer.lr"):
-        assert field in str(refused.value)
 
 
 def test_a_required_field_that_is_missing_is_named():
     values = {**TINY, "train": {k: v for k, v in TINY["train"].items() if k != "steps"}}
-    with pytest.raises(ConfigError, match=r"train\.steps: required, but not given"):
+    with raises(ConfigError, "required-field", "train.steps"):
         resolve(values, origin="test")
 
 
 def test_an_unknown_recipe_is_refused_with_the_nearest_name_and_all_names():
-    with pytest.raises(ConfigError) as refused:
+    names = "demo, full-1b, moba-1b, nsa-1b, ssa-1b, ssa-300m"
+    with raises(ConfigError, "no-such-recipe", "'ssa1b'", "'ssa-1b'", names):
         load_recipe("ssa1b")
-    assert "recipe 'ssa1b' does not exist" in str(refused.value)
-    assert "did you mean 'ssa-1b'?" in refused.value.remedy
-    assert "demo, full-1b, moba-1b, nsa-1b, ssa-1b, ssa-300m" in refused.value.remedy
 
 
 @pytest.mark.parametrize(
-    ("content", "says"),
+    ("content", "id"),
     [
-        (None, "cannot be read: No such file"),
-        ("train: [", "is not valid YAML"),
-        ("- a list", "holds list, not sections"),
-        ("", "holds NoneType, not sections"),
+        (None, "recipe-unreadable"),
+        ("train: [", "recipe-not-yaml"),
+        ("- a list", "recipe-without-sections"),
+        ("", "recipe-without-sections"),
     ],
 )
-def test_a_file_that_is_no_recipe_is_refused_by_name(tmp_path, content, says):
+def test_a_file_that_is_no_recipe_is_refused_by_name(tmp_path, content, id):
     path = tmp_path / "mine.yaml"
     if content is not None:
         path.write_text(content)
-    with pytest.raises(ConfigError) as refused:
+    with raises(ConfigError, id, path):
         load_recipe(str(path))
-    assert str(path) in str(refused.value)
-    assert says in str(refused.value)
 
 
 def test_a_recipe_cannot_be_changed_once_resolved():

@@ -22,6 +22,7 @@ from ssa_megatron.evaluation.tables import differences, render, tables
 from ssa_megatron.evaluation.targets import SCHEMA, Opened, names, opened
 from ssa_megatron.evaluation.text import from_sources, held_out
 from ssa_megatron.hf.bare import load_tokenizer
+from tests.errors import raises
 from tests.ssa_megatron.hf.conftest import corpus
 
 SMALL = Settings(lengths=(64, 160), budgets=(1, 3, "all"), tokens=400, sequences=2, depths=(0.0, 1.0))
@@ -244,57 +245,52 @@ def test_other_precisions_are_named_and_change_the_numbers_little(done, folder, 
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "mentions"),
     [
-        ({"parts": ("budget", "speed")}, "--parts: speed"),
-        ({"parts": ("tasks",)}, "--parts: tasks"),
-        ({"lengths": (512, 256)}, "--lengths"),
-        ({"lengths": (1,)}, "--lengths"),
-        ({"budgets": (0,)}, "--budgets: 0"),
-        ({"budgets": ()}, "--budgets"),
-        ({"tokens": 0}, "--tokens: 0"),
-        ({"haystacks": 0}, "--haystacks: 0"),
-        ({"depths": (1.5,)}, "--depths: 1.5"),
-        ({"candidates": 1}, "--candidates: 1"),
-        ({"rope_factor": 0.5}, "--rope-factor: 0.5"),
-        ({"dtype": "int8"}, "--dtype: int8"),
+        ({"parts": ("budget", "speed")}, ["--parts", "speed"]),
+        ({"parts": ("tasks",)}, ["--parts", "tasks"]),
+        ({"lengths": (512, 256)}, ["--lengths"]),
+        ({"lengths": (1,)}, ["--lengths"]),
+        ({"budgets": (0,)}, ["--budgets", 0]),
+        ({"budgets": ()}, ["--budgets"]),
+        ({"tokens": 0}, ["--tokens", 0]),
+        ({"haystacks": 0}, ["--haystacks", 0]),
+        ({"depths": (1.5,)}, ["--depths", 1.5]),
+        ({"candidates": 1}, ["--candidates", 1]),
+        ({"rope_factor": 0.5}, ["--rope-factor", 0.5]),
+        ({"dtype": "int8"}, ["--dtype", "int8"]),
     ],
 )
-def test_settings_that_mean_nothing_are_refused_by_name(options, said):
-    with pytest.raises(ConfigError, match=re.escape(said)) as raised:
+def test_settings_that_mean_nothing_are_refused_by_name(options, mentions):
+    with raises(ConfigError, "evaluation-setting", *mentions) as raised:
         Settings(**options)
     assert raised.value.remedy
 
 
 def test_targets_and_texts_that_are_none_are_refused(folder, written, tmp_path):
-    def fails(kind, said, targets, **options):
-        with pytest.raises(kind, match=said) as raised:
+    def fails(kind, id, targets, *mentions, **options):
+        with raises(kind, id, *mentions) as raised:
             evaluate(targets, SMALL, out=tmp_path / "out", **options)
         assert raised.value.remedy
         assert "\n" not in raised.value.problem
 
     text = {"sources": [str(written)]}
-    fails(CheckpointError, "neither a run folder", [tmp_path / "missing"], **text)
-    fails(CheckpointError, "neither a run folder", [written], **text)
-    fails(ConfigError, "no text to evaluate on", [folder])
-    fails(ConfigError, "named twice", [folder, folder], **text)
-    fails(ConfigError, "both given", [folder], data="d", **text)
-    fails(
-        EnvironmentProblem,
-        "--device cuda:7|--device",
-        [folder],
-        device="cuda:7" if not torch.cuda.is_available() else "x",
-        **text,
-    )
-    fails(ConfigError, "--step 3", [folder], step=3, **text)
+    fails(CheckpointError, "unknown-target", [tmp_path / "missing"], tmp_path / "missing", **text)
+    fails(CheckpointError, "unknown-target", [written], written, **text)
+    fails(ConfigError, "no-evaluation-text", [folder])
+    fails(ConfigError, "target-twice", [folder, folder], **text)
+    fails(ConfigError, "text-and-data", [folder], data="d", **text)
+    device = "cuda:7" if not torch.cuda.is_available() else "x"
+    fails(EnvironmentProblem, "device-unusable", [folder], device, device=device, **text)
+    fails(ConfigError, "step-of-an-export", [folder], "--step 3", step=3, **text)
     (tmp_path / "other.json").write_text('{"schema": "ssa-evaluation/0", "models": []}')
-    fails(CheckpointError, "schema ssa-evaluation/0", [tmp_path / "other.json"])
+    fails(CheckpointError, "results-schema", [tmp_path / "other.json"], "ssa-evaluation/0")
     (tmp_path / "broken.json").write_text("{")
-    fails(CheckpointError, "not results of an evaluation", [tmp_path / "broken.json"])
+    fails(CheckpointError, "not-results", [tmp_path / "broken.json"], "broken.json")
     (tmp_path / "short.txt").write_text("In the beginning")
-    fails(DataProblem, "a sequence has 160", [folder], sources=[str(tmp_path / "short.txt")])
+    fails(DataProblem, "text-shorter-than-sequence", [folder], 160, sources=[str(tmp_path / "short.txt")])
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match="--out"):
+    with raises(ConfigError, "evaluation-folder-not-made", tmp_path / "file"):
         evaluate([folder], SMALL, out=tmp_path / "file", **text)
 
 
@@ -315,7 +311,7 @@ def test_the_verb_reads_its_options(folder, written, tmp_path, capsys):
     command([*arguments, "--out", str(tmp_path)], standalone_mode=False)
     assert [row["block_count"] for row in results(tmp_path)[0]["budget"]["rows"]] == [None, 2, 8]
     assert str(tmp_path / "report.html") in capsys.readouterr().out
-    with pytest.raises(ConfigError, match="--budgets: 'many' is not a number"):
+    with raises(ConfigError, "setting-not-a-number", "--budgets", "'many'"):
         command([*arguments, "--budgets", "4,many"], standalone_mode=False)
 
 
@@ -323,12 +319,12 @@ def test_likelihoods_that_are_no_numbers_are_refused(folder, body, tmp_path):
     for part in (quality_against_budget, perplexity_by_length, needle):
         with opened(folder, "broken", step=None, device="cpu", dtype=None) as one:
             one.model.model.norm.weight.data[3] = float("nan")
-            with pytest.raises(CheckpointError, match="broken: likelihoods in full mode are not finite"):
+            with raises(CheckpointError, "likelihoods-not-finite", "broken", "full"):
                 part(one, body, SMALL)
 
 
 def test_what_does_not_fit_is_refused_before_anything_is_measured(folder, written, tmp_path, capsys):
-    with pytest.raises(ConfigError, match="20 tokens do not hold the needle"):
+    with raises(ConfigError, "context-without-needle", "--lengths", 20):
         evaluate([folder], Settings(lengths=(20, 64)), out=tmp_path, sources=[str(written)])
     assert "budget" not in capsys.readouterr().out
 
@@ -348,7 +344,7 @@ def test_damaged_results_are_refused_before_anything_is_measured(done, folder, t
     models = results(done)
     damage(models)
     (tmp_path / "results.json").write_text(json.dumps({"schema": SCHEMA, "models": models}))
-    with pytest.raises(CheckpointError, match="damaged results of an evaluation") as raised:
+    with raises(CheckpointError, "results-damaged", tmp_path / "results.json") as raised:
         evaluate([folder, tmp_path / "results.json"], SMALL, out=tmp_path / "out")
     assert "\n" not in raised.value.problem
     assert not (tmp_path / "out").exists()
@@ -360,7 +356,7 @@ def test_a_damaged_parity_report_is_named(folder, tmp_path):
         shutil.copytree(folder, tmp_path / "broken")
         (tmp_path / "broken" / "parity.json").write_text(content)
         with (
-            pytest.raises(CheckpointError, match=r"parity\.json: damaged"),
+            raises(CheckpointError, "parity-damaged", "parity.json"),
             opened(tmp_path / "broken", "broken", step=None, device="cpu", dtype=None),
         ):
             pass

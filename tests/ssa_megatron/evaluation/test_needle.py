@@ -7,6 +7,7 @@ from ssa_megatron.errors import ConfigError, DataProblem
 from ssa_megatron.evaluation.measure_settings import Settings
 from ssa_megatron.evaluation.needle import _ask, build, needle
 from ssa_megatron.evaluation.text import encode
+from tests.errors import raises
 
 from .retrieval import trained
 
@@ -82,11 +83,11 @@ def test_scores_are_those_without_a_cache_and_greedy_is_generate(tiny, stream, m
 
 
 def test_what_does_not_fit_is_refused_with_a_number_that_does(tiny, stream):
-    with pytest.raises(ConfigError, match="--lengths: 20 tokens") as raised:
+    with raises(ConfigError, "context-without-needle", "--lengths", 20) as raised:
         build(tiny.tokenizer, stream, 20, 0.5, "0", 8)
     enough = int(raised.value.remedy.split()[2])
     assert len(build(tiny.tokenizer, stream, enough, 0.5, "0", 8)[0].prompt) == enough
-    with pytest.raises(DataProblem, match="a context 5,000"):
+    with raises(DataProblem, "haystack-too-short", "5,000"):
         build(tiny.tokenizer, stream[:4999], 5000, 0.5, "0", 8)
 
 

@@ -6,6 +6,7 @@ import torch
 from ssa_megatron.errors import ConfigError
 from ssa_megatron.hf import bench_generation
 from ssa_megatron.hf.decode import Decoder
+from tests.errors import raises
 
 from .models import build, left_padded, tokens_of
 
@@ -51,7 +52,7 @@ def test_traffic_is_every_key_in_full_mode_and_pooled_keys_and_chosen_blocks_in_
 
 
 def test_nsa_is_refused_and_the_benchmark_measures_every_path_in_both_modes():
-    with pytest.raises(ConfigError, match="attention_kind=nsa"):
+    with raises(ConfigError, "kind-not-cached", "nsa"):
         Decoder(build("nsa")[0], 1, 10)
     rows = list(bench_generation.rows(bench_generation.random_model("cpu", True), [400], [1], 2, 60))
     assert [(row["path"], row["mode"]) for row in rows] == [

@@ -16,6 +16,7 @@ from ssa_megatron.errors import CheckpointError, ConfigError, DataProblem, SSAEr
 from ssa_megatron.hf.export import export
 from ssa_megatron.hf.importing import import_folder
 from ssa_pipelines import DataError
+from tests.errors import raises
 from tests.oracle import model as oracle
 
 from .conftest import VOCAB, tiny_recipe, write_run
@@ -199,9 +200,9 @@ def test_of_three_gates_a_head_the_second_is_taken(tmp_path, tokenizer):
 
 def test_a_folder_without_a_window_must_be_told_its_kind(tmp_path, tokenizer):
     authors_folder(tmp_path / "hf", tokenizer)
-    with pytest.raises(ConfigError, match=r"config\.json does not tell it"):
+    with raises(ConfigError, "attention-kind-undecided", "config.json"):
         import_folder(tmp_path / "hf", tmp_path / "run")
-    with pytest.raises(ConfigError, match="kind=nsa"):
+    with raises(ConfigError, "attention-kind-undecided", "kind=nsa"):
         import_folder(tmp_path / "hf", tmp_path / "run", ["attention.kind=nsa"])
 
 
@@ -226,16 +227,20 @@ def test_training_may_choose_what_does_not_change_the_model_and_nothing_else(tmp
         ("attention", {"kind": "nsa"}, "gates: 1 -> 3"),
     ):
         other = getattr(recipe, section).model_copy(update=change)
-        with pytest.raises(CheckpointError, match=said):
+        with raises(CheckpointError, "checkpoint-of-another-model", said):
             check_start(start, recipe.model_copy(update={section: other}))
 
 
 # ------------------------------------------------------------------------------------------------------------- refusals
-def assert_refused(error, match, source, tmp_path, *arguments, **options):
-    with pytest.raises(error, match=match) as raised:
-        import_folder(source, tmp_path / "made" / "run", *arguments, **options)
+def assert_refused(error, id, source, tmp_path, *mentions, **options):
+    with raises(error, id, *mentions) as raised:
+        import_folder(source, tmp_path / "made" / "run", **options)
     if isinstance(raised.value, SSAError):
         assert "\n" not in raised.value.problem
+    assert_nothing_left(tmp_path)
+
+
+def assert_nothing_left(tmp_path):
     assert not (tmp_path / "made").exists() or not list((tmp_path / "made").iterdir())
 
 
@@ -246,48 +251,56 @@ def edit_config(path, **changes):
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "id", "mentions"),
     [
-        ({"model_type": "gpt2"}, "model_type 'gpt2'"),
-        ({"attention_bias": True}, "attention_bias=True"),
-        ({"quantization_config": {"bits": 4}}, "quantization_config="),
-        ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}, "rope_parameters": None}, "rope_type 'yarn'"),
-        ({"rope_scaling": {"rope_type": "llama3", "factor": 2.0}, "rope_parameters": None}, "no low_freq_factor"),
-        ({"rope_scaling": [2.0], "rope_parameters": None}, "rope_scaling=.* is no object"),
-        ({"hidden_size": ...}, "no hidden_size"),
-        ({"hidden_size": "32"}, "has hidden_size='32'"),
-        ({"num_attention_heads": 0}, "has num_attention_heads=0"),
-        ({"intermediate_size": 50}, r"has shape \(48, 32\), config.json's sizes make it \(50, 32\)"),
-        ({"num_hidden_layers": 3}, "model.layers.2.input_layernorm.weight is missing"),
-        ({"num_hidden_layers": 1}, "model.layers.1.* has no place"),
-        ({"tie_word_embeddings": True}, "lm_head.weight differs"),
+        ({"model_type": "gpt2"}, "unknown-model-type", ["'gpt2'"]),
+        ({"attention_bias": True}, "unsupported-model-option", ["attention_bias=True"]),
+        ({"quantization_config": {"bits": 4}}, "unsupported-model-option", ["quantization_config="]),
+        ({"hidden_act": "gelu"}, "unsupported-model-option", ["hidden_act='gelu'"]),
+        (
+            {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}, "rope_parameters": None},
+            "unknown-rope-type",
+            ["'yarn'"],
+        ),
+        (
+            {"rope_scaling": {"rope_type": "llama3", "factor": 2.0}, "rope_parameters": None},
+            "rope-scaling-field-missing",
+            ["low_freq_factor"],
+        ),
+        ({"rope_scaling": [2.0], "rope_parameters": None}, "rope-scaling-not-an-object", ["rope_scaling="]),
+        ({"hidden_size": ...}, "config-json-field-missing", ["hidden_size"]),
+        ({"hidden_size": "32"}, "config-json-value", ["hidden_size='32'"]),
+        ({"num_attention_heads": 0}, "config-json-value", ["num_attention_heads=0"]),
+        ({"intermediate_size": 50}, "source-shape-differs", [(48, 32), (50, 32)]),
+        ({"num_hidden_layers": 3}, "source-tensor-missing", ["model.layers.2.input_layernorm.weight"]),
+        ({"num_hidden_layers": 1}, "tensor-without-counterpart", ["model.layers.1."]),
+        ({"tie_word_embeddings": True}, "tied-head-differs", ["lm_head.weight"]),
     ],
 )
-def test_a_llama_the_trainer_would_not_compute_is_refused(tmp_path, tokenizer, changes, said):
+def test_a_llama_the_trainer_would_not_compute_is_refused(tmp_path, tokenizer, changes, id, mentions):
     llama(tmp_path / "llama", tokenizer)
     edit_config(tmp_path / "llama", **changes)
-    assert_refused(CheckpointError, said, tmp_path / "llama", tmp_path)
+    assert_refused(CheckpointError, id, tmp_path / "llama", tmp_path, *mentions)
 
 
 def test_missing_and_damaged_files_are_named(tmp_path, folder):
     broken = tmp_path / "broken"
     load(folder).save_pretrained(broken, max_shard_size="40KB")
-    assert_refused(DataProblem, "no tokenizer.json", broken, tmp_path)
+    assert_refused(DataProblem, "import-without-tokenizer", broken, tmp_path, broken)
     shard = sorted(broken.glob("*.safetensors"))[1]
     content = shard.read_bytes()
     shard.unlink()
-    assert_refused(CheckpointError, f"{shard.name} is missing", broken, tmp_path)
+    assert_refused(CheckpointError, "weights-missing", broken, tmp_path, shard.name)
     shard.write_bytes(content[:-50])
-    assert_refused(CheckpointError, f"{shard.name}: damaged", broken, tmp_path)
+    assert_refused(CheckpointError, "weights-damaged", broken, tmp_path, shard.name)
     other = load_file(sorted(broken.glob("*.safetensors"))[0])
     save_file(other, shard, metadata={"format": "pt"})
-    assert_refused(CheckpointError, "which model.safetensors.index.json says is in it", broken, tmp_path)
+    assert_refused(CheckpointError, "indexed-tensor-missing", broken, tmp_path, "model.safetensors.index.json")
     (broken / "config.json").write_text("{")
-    assert_refused(CheckpointError, "not valid JSON", broken, tmp_path)
+    assert_refused(CheckpointError, "json-damaged", broken, tmp_path, "config.json")
     (broken / "config.json").unlink()
-    assert_refused(CheckpointError, "config.json is missing", broken, tmp_path)
-    assert_refused(CheckpointError, "no such folder", tmp_path / "nowhere", tmp_path)
+    assert_refused(CheckpointError, "config-json-missing", broken, tmp_path, broken)
+    assert_refused(CheckpointError, "no-such-model-folder", tmp_path / "nowhere", tmp_path, tmp_path / "nowhere")
 
 
 def test_the_command_ends_with_one_line_the_remedy_and_the_exit_code(tmp_path, folder, capsys, monkeypatch):
@@ -296,7 +309,7 @@ def test_the_command_ends_with_one_line_the_remedy_and_the_exit_code(tmp_path, f
     (tmp_path / "hf").mkdir()
     (tmp_path / "hf" / "config.json").write_text('{"model_type": "llama"}')
     for source, code, said in (
-        (tmp_path / "hf", 4, "model.safetensors is missing\n  remedy: copy the missing file"),
+        (tmp_path / "hf", 4, "error[weights-missing]: "),
         (folder, 0, "ssa train"),
     ):
         monkeypatch.setattr("sys.argv", ["ssa", "import", str(source), str(tmp_path / "made" / "run")])
@@ -313,33 +326,36 @@ def test_quantised_and_pickled_weights_are_refused(tmp_path, folder):
     weights = load_file(changed / "model.safetensors")
     name = "model.layers.0.mlp.up_proj.weight"
     save_file(weights | {name: weights[name].to(torch.int8)}, changed / "model.safetensors")
-    assert_refused(CheckpointError, f"{name} is stored as I8", changed, tmp_path)
+    assert_refused(CheckpointError, "weights-quantised", changed, tmp_path, name, "I8")
     (changed / "model.safetensors").rename(changed / "pytorch_model.bin")
-    assert_refused(CheckpointError, "pickled", changed, tmp_path)
+    assert_refused(CheckpointError, "weights-missing", changed, tmp_path, "*.bin")
 
 
 def test_an_unknown_kind_is_refused(tmp_path, folder):
     changed = tmp_path / "changed"
     shutil.copytree(folder, changed)
     edit_config(changed, attention_kind="dense")
-    assert_refused(CheckpointError, "attention_kind 'dense' is unknown", changed, tmp_path)
+    assert_refused(CheckpointError, "unknown-attention-kind", changed, tmp_path, "'dense'")
 
 
 def test_a_tokenizer_that_does_not_fit_is_refused(tmp_path, tokenizer):
     llama(tmp_path / "llama", tokenizer, vocab_size=300)
-    assert_refused(DataProblem, "697 tokens, the model has 300", tmp_path / "llama", tmp_path)
+    assert_refused(DataProblem, "tokenizer-size-differs", tmp_path / "llama", tmp_path, 697, 300)
     (tmp_path / "bad.json").write_text("{}")
-    assert_refused(DataError, "not a tokenizer.json", tmp_path / "llama", tmp_path, tokenizer=tmp_path / "bad.json")
+    with pytest.raises(DataError, match=r"bad\.json"):
+        import_folder(tmp_path / "llama", tmp_path / "made" / "run", tokenizer=tmp_path / "bad.json")
+    assert_nothing_left(tmp_path)
 
 
 def test_a_model_section_cannot_be_overridden_on_the_way_in(tmp_path, folder):
-    assert_refused(ConfigError, "model.norm_eps: 1e-05 -> 0.1", folder, tmp_path, ["model.norm_eps=0.1"])
+    change = ["model.norm_eps=0.1"]
+    assert_refused(ConfigError, "import-changes-model", folder, tmp_path, "1e-05 -> 0.1", overrides=change)
 
 
 def test_an_existing_run_is_left_alone_and_an_interrupted_import_leaves_nothing(tmp_path, folder, monkeypatch):
     (tmp_path / "made").mkdir()
     (tmp_path / "mine").write_text("precious")
-    with pytest.raises(ConfigError, match="exists already"):
+    with raises(ConfigError, "import-folder-exists", tmp_path / "mine"):
         import_folder(folder, tmp_path / "mine")
     assert (tmp_path / "mine").read_text() == "precious"
 
@@ -347,7 +363,9 @@ def test_an_existing_run_is_left_alone_and_an_interrupted_import_leaves_nothing(
         raise KeyboardInterrupt
 
     monkeypatch.setattr("ssa_megatron.checkpoint.initial.commit", interrupted)
-    assert_refused(KeyboardInterrupt, None, folder, tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        import_folder(folder, tmp_path / "made" / "run")
+    assert_nothing_left(tmp_path)
 
 
 def test_a_damaged_start_is_not_loaded(tmp_path, folder):
@@ -356,5 +374,5 @@ def test_a_damaged_start_is_not_loaded(tmp_path, folder):
     content = bytearray(path.read_bytes())
     content[-3] ^= 4
     path.write_bytes(content)
-    with pytest.raises(CheckpointError, match="sha256"):
+    with raises(CheckpointError, "checkpoint-file-altered", path):
         Checkpoint.open(tmp_path / "run")

@@ -12,6 +12,7 @@ from ssa_megatron.errors import EnvironmentProblem
 from ssa_megatron.evaluation.perplexity import perplexity
 from ssa_megatron.hf import isolated
 from ssa_megatron.hf.generate import generate
+from tests.errors import raises
 
 REFUSED = (
     "ssa_kernels",
@@ -99,7 +100,7 @@ def test_folder_generates_and_scores_the_same_alone_as_here(folder):
 
 
 def test_failure_in_the_isolated_process_is_reported_with_its_reason(tmp_path):
-    with pytest.raises(EnvironmentProblem, match=r"config\.json"):
+    with raises(EnvironmentProblem, "isolated-failed", "config.json"):
         isolated.run_isolated({"folder": str(tmp_path)})
-    with pytest.raises(EnvironmentProblem, match="longer than 0 s"):
+    with raises(EnvironmentProblem, "isolated-timeout", "0 s"):
         isolated.run_isolated({"folder": str(tmp_path)}, timeout_s=0.05)

@@ -15,6 +15,7 @@ from ssa_megatron.hf import token_stream as stream
 from ssa_megatron.hf.decode import Decoder
 from ssa_megatron.hf.generate import open_folder
 from ssa_megatron.hf.token_stream import Continuation, Settings
+from tests.errors import raises
 
 
 @pytest.fixture(scope="module")
@@ -128,13 +129,18 @@ def test_a_dialogue_changes_mode_and_budget_and_ends_with_an_empty_line(folder, 
 
 
 def test_wrong_settings_and_targets_are_named(tmp_path, monkeypatch, folder):
-    for values, said in (({"mode": "dense"}, "mode='dense'"), ({"top_p": 0.0}, "top_p=0"), ({"block_count": 0}, "=0")):
-        with pytest.raises(ConfigError, match=said):
+    for values, id, mention in (
+        ({"mode": "dense"}, "unknown-mode", "mode='dense'"),
+        ({"top_p": 0.0}, "stream-sampling", "top_p=0"),
+        ({"block_count": 0}, "block-count", "block_count=0"),
+        ({"max_new_tokens": 0}, "stream-max-new-tokens", "max_new_tokens=0"),
+    ):
+        with raises(ConfigError, id, mention):
             Settings(**values)
-    with pytest.raises(CheckpointError, match="not an exported model"):
+    with raises(CheckpointError, "not-an-export", tmp_path):
         stream.run(tmp_path, ["x"], Settings())
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff\xfe"), encoding="utf-8"))
-    with pytest.raises(DataProblem, match="not UTF-8"):
+    with raises(DataProblem, "prompt-not-utf8"):
         stream.run(folder, (), Settings())
 
 
@@ -148,7 +154,7 @@ def test_a_prompt_that_is_not_utf8_ends_in_one_line(folder):
         done = subprocess.run([*command, *arguments], input=piped, capture_output=True, env=plain | {"LANG": "C"})
         assert done.returncode == 3, done.stderr
         assert done.stdout == b""
-        assert b"error: a prompt is not UTF-8 text" in done.stderr
+        assert b"error[prompt-not-utf8]: " in done.stderr
         assert b"Traceback" not in done.stderr
 
 

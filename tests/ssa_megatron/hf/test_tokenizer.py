@@ -9,6 +9,7 @@ from transformers import AutoTokenizer
 
 from ssa_megatron.errors import DataProblem
 from ssa_megatron.hf.tokenizer_export import PROBES, check_parity, convert, fields, read_model, write_tokenizer
+from tests.errors import raises
 
 from .conftest import corpus
 
@@ -91,7 +92,7 @@ def train(path: Path, **options):
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "reason"),
     [
         ({"model_type": "unigram"}, "not BPE"),
         ({"byte_fallback": False}, "not spelt in bytes"),
@@ -102,14 +103,14 @@ def train(path: Path, **options):
         ({"eos_id": -1}, "document marks"),
     ],
 )
-def test_models_that_cannot_be_converted_exactly_are_refused(tmp_path, options, said):
-    with pytest.raises(DataProblem, match=said):
+def test_models_that_cannot_be_converted_exactly_are_refused(tmp_path, options, reason):
+    with raises(DataProblem, "tokenizer-not-convertible", reason):
         convert(train(tmp_path / "m.model", **options))
 
 
 def test_a_conversion_that_differs_is_refused(tokenizer, tmp_path):
     other = convert(train(tmp_path / "m.model", user_defined_symbols=["\n"]))
-    with pytest.raises(DataProblem, match="differs on"):
+    with raises(DataProblem, "tokenizer-not-convertible", tokenizer.path):
         check_parity(tokenizer.path, other)
 
 
@@ -119,7 +120,7 @@ def test_a_file_that_is_no_model_is_refused(tmp_path, content):
     path.write_bytes(content)
     with pytest.raises(DataProblem, match=r"SentencePiece"):
         read_model(path)
-    with pytest.raises(DataProblem, match="cannot be read"):
+    with raises(DataProblem, "tokenizer-unreadable", "missing.model"):
         read_model(tmp_path / "missing.model")
 
 

@@ -16,6 +16,7 @@ from ssa_megatron.parallel import topology
 from ssa_megatron.planning import hardware, search, table
 from ssa_megatron.planning import plan_page as page
 from ssa_megatron.planning.plan_command import plan
+from tests.errors import raises
 from tests.launch import ROOT, environment, run
 
 H100 = hardware.find("h100")
@@ -90,7 +91,7 @@ def changed(values: dict, way: str) -> dict:
 
 
 def test_seven_processes_for_a_batch_of_128_rows_are_told_what_would_do():
-    with pytest.raises(ConfigError, match=r"train\.global_batch_rows is not possible for 7 process") as refused:
+    with raises(ConfigError, "global-batch-divides", "train.global_batch_rows", 7) as refused:
         search.check(load_recipe("ssa-1b", ["train.eval_interval=0"]), 7, H100)
     assert "train.global_batch_rows=126, or train.global_batch_rows=133" in refused.value.remedy
     assert refused.value.remedy.endswith("as it is, legal for 4 or 8")
@@ -98,17 +99,16 @@ def test_seven_processes_for_a_batch_of_128_rows_are_told_what_would_do():
 
 @pytest.mark.timeout(60)
 def test_a_hundred_million_processes_are_refused_as_soon_as_seven():
-    with pytest.raises(ConfigError, match="not possible for 99999999 process") as refused:
+    with raises(ConfigError, "global-batch-divides", "train.global_batch_rows=99999999"):
         search.check(
             load_recipe("ssa-1b", ["train.eval_interval=0"]), 99_999_999, H100
         )  # looked for neighbours for minutes
-    assert "train.global_batch_rows=99999999" in refused.value.remedy
 
 
 @pytest.mark.parametrize("option", ["memory_gib", "link_gbytes", "network_gbytes"])
 @pytest.mark.parametrize("value", [0, -3, float("nan"), float("inf")])
 def test_a_size_that_is_none_is_refused_instead_of_planned_with(option, value):
-    with pytest.raises(ConfigError, match=f"--{option.replace('_', '-')} .*: not a size"):
+    with raises(ConfigError, "not-a-size", f"--{option.replace('_', '-')} {value:g}"):
         plan(load_recipe("demo"), 1, **{option: value})
 
 
@@ -126,13 +126,13 @@ def test_a_disk_without_room_for_the_checkpoints_is_pointed_out(capsys, monkeypa
 def test_a_run_folder_of_another_recipe_is_refused_before_a_job_waits_for_its_nodes(tmp_path):
     (tmp_path / "config.yaml").write_text(dump_recipe(load_recipe("demo")))
     plan(load_recipe("demo", ["train.recompute=full"]), 2, run=tmp_path)
-    with pytest.raises(RunFolderError, match=r"belongs to another recipe:\n  model\.num_layers: \d+ -> 3"):
+    with raises(RunFolderError, "run-of-another-recipe", tmp_path, "model.num_layers", "-> 3"):
         plan(load_recipe("demo", ["model.num_layers=3"]), 2, run=tmp_path)
 
 
 def test_a_recipe_that_does_not_fit_says_by_how_much_and_what_does(capsys):
     recipe = load_recipe("ssa-8b", ["parallel.tensor=1", "parallel.sequence=false"])
-    with pytest.raises(ConfigError) as refused:
+    with raises(ConfigError, "plan-does-not-fit") as refused:
         plan(recipe, 64)
     need, over = re.search(r"need (\d+\.\d) GiB, (\d+\.\d) GiB more than the 79\.1 GiB", refused.value.problem).groups()
     assert float(need) - float(over) == pytest.approx(79.1, abs=0.11)
@@ -146,7 +146,7 @@ def test_a_recipe_that_does_not_fit_says_by_how_much_and_what_does(capsys):
 
 
 def test_what_fits_nowhere_is_said_to():
-    with pytest.raises(ConfigError, match="does not fit") as refused:
+    with raises(ConfigError, "plan-does-not-fit") as refused:
         plan(load_recipe("ssa-8b", ["parallel.tensor=1", "parallel.sequence=false"]), 1, memory_gib=16, top=0)
     assert "no topology of 1 process(es) fits" in refused.value.remedy
 
@@ -205,9 +205,8 @@ def test_an_update_in_host_memory_is_not_planned_at_the_gpus_speed(capsys):
 
 
 def test_an_unknown_gpu_is_refused():
-    with pytest.raises(ConfigError, match="--gpu tpu") as refused:
+    with raises(ConfigError, "unknown-gpu", "--gpu tpu", "h100"):
         plan(load_recipe("demo"), 1, gpu="tpu")
-    assert "h100" in refused.value.remedy
 
 
 @pytest.mark.parametrize("name", table.SECTIONS)

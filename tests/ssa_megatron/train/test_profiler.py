@@ -8,26 +8,39 @@ import pytest
 import torch
 
 from ssa_megatron.errors import ConfigError
+from ssa_megatron.train.console import Console
 from ssa_megatron.train.profile_request import parse_range
 from ssa_megatron.train.profiler import StepProfiler
+from tests.errors import raises
 
 
 @pytest.mark.parametrize("text", ["3", "3:2", "0:4", "a:b", ":", "1:2:3", "-1:3"])
 def test_a_wrong_range_is_refused(text):
-    with pytest.raises(ConfigError, match="not a range of steps"):
+    with raises(ConfigError, "profile-range", text):
         parse_range(text)
+
+
+class Said(Console):
+    """A console that keeps its lines."""
+
+    def __init__(self):
+        super().__init__(total_steps=5, interval=1, enabled=False)
+        self.lines: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.lines.append(text)
 
 
 def test_only_the_steps_asked_for_are_recorded(tmp_path):
     parallel = SimpleNamespace(rank=3, dp_rank=0, device=torch.device("cpu"))
-    profiler = StepProfiler(parse_range("2:3"), tmp_path / "profile", parallel)
-    said = []
+    said = Said()
+    profiler = StepProfiler(parse_range("2:3"), tmp_path / "profile", parallel, said)
     for step in range(1, 6):
-        profiler.before(step)
+        profiler.before_step(step)
         with torch.profiler.record_function(f"work of step {step}"):
             torch.ones(4).sum()
-        said.append(profiler.after(step))
-    assert [bool(line) for line in said] == [False, False, True, False, False]
+        profiler.after_step(step, {})
+        assert bool(said.lines) == (step >= 3)
     trace = json.loads(gzip.decompress((tmp_path / "profile/steps-2-3-rank-3.json.gz").read_bytes()))
     recorded = {event["name"] for event in trace["traceEvents"] if event["name"].startswith("work of step")}
     assert recorded == {"work of step 2", "work of step 3"}
@@ -36,7 +49,9 @@ def test_only_the_steps_asked_for_are_recorded(tmp_path):
 
 def test_one_data_parallel_rank_records(tmp_path):
     parallel = SimpleNamespace(rank=1, dp_rank=1, device=torch.device("cpu"))
-    profiler = StepProfiler(parse_range("1:1"), tmp_path / "profile", parallel)
-    profiler.before(1)
-    assert profiler.after(1) is None
+    said = Said()
+    profiler = StepProfiler(parse_range("1:1"), tmp_path / "profile", parallel, said)
+    profiler.before_step(1)
+    profiler.after_step(1, {})
+    assert not said.lines
     assert not (tmp_path / "profile").exists()

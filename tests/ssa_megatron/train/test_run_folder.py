@@ -13,6 +13,7 @@ from ssa_megatron.config import dump_recipe, load_recipe
 from ssa_megatron.errors import RunFolderError
 from ssa_megatron.train.run_folder import RunFolder, claim, read_recipe
 from ssa_megatron.zero.ds_config import deepspeed_config
+from tests.errors import raises
 from tests.launch import environment, kill
 from tests.ssa_megatron.support import tiny
 
@@ -60,10 +61,8 @@ def take(run, recipe, tokenizer_files, parallel) -> RunFolder:
 
 # -------------------------------------------------------------------------------------------------------- ownership
 def test_a_second_owner_is_refused_with_the_firsts_pid_until_that_is_killed(owner, tmp_path):
-    with pytest.raises(RunFolderError) as refused:
+    with raises(RunFolderError, "run-folder-in-use", tmp_path / "run", owner.pid, "--run-folder") as refused:
         RunFolder(tmp_path / "run").lock()
-    assert f"{tmp_path / 'run'} is in use by process {owner.pid} on " in refused.value.problem
-    assert "--run-folder" in refused.value.remedy
     assert refused.value.exit_code == 5
     os.kill(owner.pid, signal.SIGKILL)
     owner.wait(timeout=10)
@@ -74,7 +73,7 @@ def test_a_second_owner_is_refused_with_the_firsts_pid_until_that_is_killed(owne
 
 def test_a_refused_claim_changes_nothing_in_the_folder(owner, tmp_path, tokenizer_files, alone):
     before = {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()}
-    with pytest.raises(RunFolderError, match="in use"):
+    with raises(RunFolderError, "run-folder-in-use", owner.pid):
         take(tmp_path / "run", tiny(), tokenizer_files, alone)
     assert {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()} == before
 
@@ -106,21 +105,19 @@ def test_the_same_recipe_may_continue_with_another_topology_and_keeps_its_tokeni
 def test_another_recipe_is_refused_with_the_fields_that_differ(tmp_path, tokenizer_files, alone):
     take(tmp_path / "run", tiny(), tokenizer_files, alone)
     kept = (tmp_path / "run" / "config.yaml").read_text()
-    with pytest.raises(RunFolderError) as refused:
+    changes = ("model.hidden_size: 32 -> 40", "train.seed: 1234 -> 9")
+    with raises(RunFolderError, "run-of-another-recipe", *changes, "--run-folder") as refused:
         take(tmp_path / "run", tiny(model__hidden_size=40, train__seed=9), tokenizer_files, alone)
-    assert "model.hidden_size: 32 -> 40" in refused.value.problem
-    assert "train.seed: 1234 -> 9" in refused.value.problem
     assert "vocab_size" not in refused.value.problem
-    assert "--run-folder" in refused.value.remedy
     assert (tmp_path / "run" / "config.yaml").read_text() == kept
 
 
 def test_a_folder_that_is_no_run_is_refused_by_name(tmp_path):
-    with pytest.raises(RunFolderError, match=f"{tmp_path} is not a run folder: .*config.yaml cannot be read"):
+    with raises(RunFolderError, "config-yaml-unreadable", tmp_path, "config.yaml"):
         read_recipe(tmp_path)
 
 
 def test_a_run_folder_whose_config_was_edited_into_nonsense_says_which_field(tmp_path):
     (tmp_path / "config.yaml").write_text(dump_recipe(tiny()).replace("hidden_size: 32", "hidden_size: wide"))
-    with pytest.raises(RunFolderError, match=r"config\.yaml is not valid:\n  model\.hidden_size"):
+    with raises(RunFolderError, "config-yaml-damaged", "config.yaml", "model.hidden_size"):
         read_recipe(tmp_path)

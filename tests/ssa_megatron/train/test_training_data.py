@@ -2,13 +2,13 @@
 
 import json
 
-import pytest
 from typer.testing import CliRunner
 
 import ssa_pipelines
 from ssa_megatron import cli, cli_data
 from ssa_megatron.config import dump_recipe
 from tests import launch
+from tests.errors import raises
 from tests.pipelines.object_store import object_store
 from tests.ssa_megatron.support import tiny
 
@@ -85,5 +85,5 @@ def test_a_path_with_an_equals_sign_is_no_named_source(tmp_path, monkeypatch):
         "lang=en/a.txt", "/data/lang=en/a.txt", "s3://bucket/lang=en/"
     ]  # fmt: skip
     assert cli_data._named(["web=lang=en/a.txt", "web=b", "code=c"]) == {"web": ["lang=en/a.txt", "b"], "code": ["c"]}
-    with pytest.raises(cli_data.ConfigError, match=r"source 'lang=en/a\.txt' has no name and others have"):
+    with raises(cli_data.ConfigError, "source-without-name", "'lang=en/a.txt'"):
         cli_data._named(["lang=en/a.txt", "code=c"])

@@ -2,8 +2,11 @@
 
 import pytest
 
+from ssa_megatron.config import load_recipe
 from ssa_megatron.config.sections import Watchdog
+from ssa_megatron.errors import ConfigError
 from ssa_megatron.train.watchdog import Watch
+from tests.errors import raises
 
 SETTINGS = Watchdog(heartbeat=1.0, silence=20.0, stuck=100.0)
 
@@ -129,5 +132,5 @@ def test_stuck_zero_leaves_it_to_the_collectives():
 
 
 def test_a_silence_shorter_than_three_heartbeats_is_refused_by_name():
-    with pytest.raises(ValueError, match=r"silence=5\.0 is too short for heartbeat=2\.0"):
-        Watchdog(heartbeat=2.0, silence=5.0)
+    with raises(ConfigError, "silence-too-short", "silence=5.0", "heartbeat=2.0"):
+        load_recipe("demo", ["watchdog.heartbeat=2", "watchdog.silence=5"])
