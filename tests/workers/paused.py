@@ -13,7 +13,7 @@ PHASES = {
     "libraries": ("ssa_megatron.config", "load_recipe"),
     "meeting": ("torch.distributed", "init_process_group"),
     "build": ("ssa_megatron.train.trainer", "build_model"),
-    "restore": ("ssa_megatron.train.trainer", "newest_valid"),
+    "restore": ("ssa_megatron.train.resume", "newest_valid"),
     "data": ("ssa_pipelines.stream.train_stream", "_collate"),
     "step": ("ssa_megatron.train.step", "forward_backward"),
     "evaluation": ("ssa_megatron.train.evaluation", "evaluation_rows"),
