@@ -60,13 +60,14 @@ sanitize:  ## twenty of them under compute-sanitizer: no access outside a tensor
 bench:  ## the kernels against the vendors' full attention, and which targets are met; needs a CUDA device
 	TORCH_COMPILE_DISABLE=0 $(PYTHON) -W ignore -m benchmarks.attention $(BENCH)
 
-lint: setup  ## formatter and linter, as in CI
+lint: setup  ## formatter, linter and type checker, as in CI
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/mypy
 
 format: setup  ## apply them
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
 clean:  ## remove what the targets above made, .venv included
-	rm -rf $(VENV) .venv-transformers .venv-streaming runs .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-transformers .venv-streaming runs .pytest_cache .mypy_cache .ruff_cache

@@ -152,11 +152,12 @@ def data_stats(path: Annotated[str, typer.Argument(help="dataset folder, or s3:/
 def _named(sources: list[str]) -> list[str] | dict[str, list[str]]:
     """`web=PATH web=PATH code=PATH` as a mapping; all names, or none, are given."""
     # A path may hold "=" too, as in lang=en/part-0.parquet.
-    pairs = [not Path(s.split("/")[0]).exists() and re.fullmatch(r"([\w-]+)=(.+)", s) for s in sources]
-    if not any(pairs):
+    found = [None if Path(s.split("/")[0]).exists() else re.fullmatch(r"([\w-]+)=(.+)", s) for s in sources]
+    pairs = [pair for pair in found if pair]
+    if not pairs:
         return sources
-    if not all(pairs):
-        plain = next(source for source, pair in zip(sources, pairs, strict=True) if not pair)
+    if len(pairs) < len(sources):
+        plain = next(source for source, pair in zip(sources, found, strict=True) if not pair)
         raise ConfigError(
             f"source {plain!r} has no name and others have", remedy=f"write NAME={plain}", id="source-without-name"
         )

@@ -18,7 +18,15 @@ def reporter() -> Callable[[str, int, int | None], None]:
 
 def _bar() -> Callable[[str, int, int | None], None]:
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TaskID,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
 
     columns = (
         TextColumn("{task.description}"),
@@ -28,7 +36,7 @@ def _bar() -> Callable[[str, int, int | None], None]:
         TimeRemainingColumn(),
     )
     bar = Progress(*columns, console=Console(stderr=True))
-    stages: dict[str, int] = {}
+    stages: dict[str, TaskID] = {}
 
     def show(stage: str, done: int, total: int | None) -> None:
         if stage not in stages:
