@@ -1,13 +1,16 @@
 """Silent traps of the libraries, sprung on purpose in a worker: what a comparison must then notice.
 
 A spring is (before, after): `before()` is a context around building model and optimizer, `after(model, optimizer)` runs once they
-are there. None of them raises by itself: that is what makes them traps.
+exist. No spring may raise, nor may the libraries after it: a trap that raises is not silent, and the worker ends with the error.
 """
 
 import dataclasses
 from contextlib import nullcontext
 from unittest import mock
 
+from megatron.core import parallel_state
+
+from ssa_megatron.parallel.state import Mpu
 from ssa_megatron.zero.optimizer import ShardedOptimizer
 from tests.ssa_megatron.support import changed_deepspeed
 
@@ -16,11 +19,7 @@ def _batch_sends(model, optimizer) -> None:
     for chunk in model:
         for module in chunk.modules():
             if hasattr(module, "config"):
-                module.config.batch_p2p_comm = True
-
-
-def _leave_boundary_off(model, optimizer) -> None:
-    optimizer.engine.set_gradient_accumulation_boundary(False)
+                module.config.batch_p2p_comm, module.config.overlap_p2p_comm = True, False  # Megatron's defaults
 
 
 def _forget_norms(model, optimizer) -> None:
@@ -50,17 +49,41 @@ def _no_hooks():
     return mock.patch.object(ShardedOptimizer, "_sum_over_tensor_ranks", lambda self, gradient: gradient)
 
 
+def _data_parallel_ranks_only():
+    """Each context-parallel rank has seen its own positions; DeepSpeed reduces over the group that the mpu names."""
+    dp = parallel_state.get_data_parallel_group
+    return mock.patch.multiple(
+        Mpu,
+        get_data_parallel_group=lambda self: dp(with_context_parallel=False),
+        get_data_parallel_rank=lambda self: self._c.dp_rank,
+        get_data_parallel_world_size=lambda self: self._c.dp_size,
+    )
+
+
+def _norm_of_one_rank():
+    """The norm that clips is summed over the model-parallel group."""
+    # where tensor parallelism takes all processes, the data-parallel group is the rank alone
+    return mock.patch.object(Mpu, "get_model_parallel_group", lambda self: parallel_state.get_data_parallel_group())
+
+
 def _nothing(model, optimizer) -> None:
     pass
 
 
+def _raise(model, optimizer) -> None:
+    raise NameError("this spring is broken")
+
+
+BROKEN = {"a spring that raises": (nullcontext, _raise)}
+"""For the control: its error must not count as noticed."""
 SPRINGS = {
     "sends of an interleaved pipeline are batched": (nullcontext, _batch_sends),
     "DeepSpeed accumulates as well": (
         lambda: changed_deepspeed(lambda c: c.update(gradient_accumulation_steps=2)),
         _nothing,
     ),
-    "the accumulation boundary stays off": (nullcontext, _leave_boundary_off),
+    "gradients are not summed over context-parallel ranks": (_data_parallel_ranks_only, _nothing),
+    "every rank clips by its own norm": (_norm_of_one_rank, _nothing),
     "norms under sequence parallelism are not summed": (nullcontext, _forget_norms),
     "norms are not summed in each micro-batch": (_no_hooks, _nothing),
     "matrices are not marked as cut": (nullcontext, _not_marked_as_cut),
