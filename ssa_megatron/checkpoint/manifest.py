@@ -15,7 +15,6 @@ from ssa_megatron.errors import CheckpointError
 FORMAT = 1
 MANIFEST = "manifest.json"
 LATEST = "latest"
-KINDS = ("weight", "master", "exp_avg", "exp_avg_sq")
 _STEP_FOLDER = re.compile(r"step-(\d{8,})")
 
 
@@ -28,6 +27,8 @@ class StoredFile:
 @dataclass(frozen=True)
 class Manifest:
     """`state` is the run's own (counters, data position). `tensors[global name][kind]` is `{"dtype", "shape", "pieces"}`.
+
+    kind: `master` (fp32), `weight` (working precision; absent where it equals the master), or one of the optimizer's state names.
 
     A piece `{"file", "key", "offset", "shape", "range": [a, b]}` holds, under `key` in `file`, elements a..b (row-major) of the
     rectangle of `shape` at `offset` in the global tensor. Rectangles tile the tensor; ranges tile each rectangle.
@@ -43,7 +44,7 @@ class Manifest:
 
     @property
     def is_start(self) -> bool:
-        """Weights from elsewhere, before the first step: no counters, no data position, no moments (start.py)."""
+        """Weights from elsewhere, before the first step: no counters, no data position, no optimizer state (initial.py)."""
         return not self.state
 
     def to_json(self) -> str:

@@ -169,11 +169,14 @@ class Checkpoint:
                 id="tensor-incomplete",
             )
 
-    def digest(self, kinds: tuple[str, ...] = ("master", "exp_avg", "exp_avg_sq")) -> str:
-        """sha256 (hex) over whole tensors in canonical order: equal for equal contents, whatever topology wrote them."""
+    def digest(self, kinds: tuple[str, ...] | None = None) -> str:
+        """sha256 (hex) over whole tensors in canonical order: equal for equal contents, whatever topology wrote them.
+
+        kinds: by default the masters, then the optimizer's state in alphabetical order.
+        """
         sha = hashlib.sha256()
         for name in sorted(self.names()):
-            for kind in kinds:
+            for kind in kinds or ("master", *sorted(self.content.tensors[name].keys() - {"master", "weight"})):
                 sha.update(self.tensor(name, kind).contiguous().view(torch.uint8).numpy())
         return sha.hexdigest()
 
@@ -185,7 +188,13 @@ class Checkpoint:
                 remedy="it was trained with another model",
                 id="no-such-tensor",
             )
-        return kinds[kind] if kind in kinds or kind != "weight" else kinds["master"]
+        if kind not in kinds and kind != "weight":
+            raise CheckpointError(
+                f"{self.folder} holds no {kind} of {name}",
+                remedy="it was trained with another optimizer; use the one of its recipe",
+                id="no-such-state",
+            )
+        return kinds.get(kind, kinds["master"])
 
     def _read(self, piece: dict, first: int, last: int) -> Tensor:
         file, key, (begin, end) = piece["file"], piece["key"], piece["range"]
@@ -238,14 +247,17 @@ def newest_valid(run: Path, parallel: ParallelState) -> tuple[Checkpoint | None,
 
 @torch.no_grad()
 def load_into(checkpoint: Checkpoint, optimizer: ShardedOptimizer, *, applied_steps: int) -> None:
-    """Fill this rank's masters and moments, refresh the working weights, and check that they equal the file's."""
+    """Fill this rank's masters and optimizer state, refresh the working weights, and check that they equal the file's.
+
+    From an initial checkpoint only masters are read; the optimizer's state stays zero.
+    """
     stored = []
-    kinds = ("master",) if checkpoint.content.is_start else ("master", "exp_avg", "exp_avg_sq")  # moments begin at zero
+    kinds = ("master",) if checkpoint.content.is_start else ("master", *optimizer.kind.state)
     for fragment in optimizer.fragments():
         stored.append([])
         for kind in kinds:
             for target, values in _fragment_values(checkpoint, fragment, kind):
-                getattr(fragment, kind)[target] = values.to(fragment.master.device)
+                fragment.stored[kind][target] = values.to(fragment.master.device)
                 stored[-1].append((kind, target, _bit_sum(values)))
                 del values  # before the next one is assembled
     optimizer.restored(applied_steps)
@@ -256,7 +268,7 @@ def load_into(checkpoint: Checkpoint, optimizer: ShardedOptimizer, *, applied_st
                 id="weights-differ-from-masters",
             )
         for kind, target, expected in parts:
-            if _bit_sum(getattr(fragment, kind)[target]) != expected:
+            if _bit_sum(fragment.stored[kind][target]) != expected:
                 name = fragment.named.slabs[0].name
                 raise CheckpointError(
                     f"{checkpoint.folder}: {kind} of {name} is not the file's after loading", id="loaded-tensor-differs"

@@ -29,8 +29,8 @@ SMALLEST_FILE, LARGEST_FILE = 2**26, 2**30  # bytes
 class PendingCheckpoint:
     """A checkpoint whose files are being written by threads of every rank, from live storage.
 
-    Until `finish` returns, masters, moments and working weights must not change: forward, backward and evaluation may run, the
-    optimizer's step may not.
+    Until `finish` returns, masters, optimizer state and working weights must not change: forward, backward and evaluation may
+    run, the optimizer's step may not.
     """
 
     def __init__(
@@ -139,7 +139,7 @@ def _pieces(optimizer: ShardedOptimizer, parallel: ParallelState) -> list[tuple[
     for fragment in optimizer.fragments():
         if (fragment.named.replicated and parallel.tp_rank > 0) or fragment.named.tied_copy:
             continue  # other ranks hold the same values: one writes
-        kinds = {"master": fragment.master, "exp_avg": fragment.exp_avg, "exp_avg_sq": fragment.exp_avg_sq}
+        kinds = fragment.stored
         if fragment.working.dtype != fragment.master.dtype:
             kinds["weight"] = fragment.working
         for slab in fragment.named.slabs:

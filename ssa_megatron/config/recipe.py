@@ -21,6 +21,9 @@ from ssa_megatron.config.sections import Recipe
 from ssa_megatron.errors import ConfigError
 
 RECIPES = Path(__file__).parent / "recipes"
+ADDED = {"optimizer": {"kind": "adamw"}}
+"""Fields of the identity added after 0.1.0, with the value that earlier runs had. `digest` leaves a field out at that value, so
+that it stays what earlier checkpoints and exported folders record."""
 
 
 def packaged_recipes() -> list[str]:
@@ -65,7 +68,7 @@ def digest(recipe: Recipe) -> str:
     identity = {
         "model": values["model"],
         "attention": {k: v for k, v in values["attention"].items() if k != "backend"},
-        "optimizer": values["optimizer"],
+        "optimizer": {k: v for k, v in values["optimizer"].items() if ADDED["optimizer"].get(k) != v},
         "schedule": values["schedule"],
         "shuffle": values["data"]["shuffle"],
         "train": {

@@ -10,7 +10,7 @@ from typing import Literal, LiteralString, get_args
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from ssa_megatron.config.variants import KindName
+from ssa_megatron.config.variants import KindName, OptimizerName
 
 
 def _broken(id: LiteralString, problem: str) -> PydanticCustomError:
@@ -140,8 +140,8 @@ class Zero(Section):
     stage: Literal[1, 2, 3] = 1
     """1: optimizer states. 2: gradients too. 3: parameters too."""
     offload_optimizer: bool = False
-    """Masters and moments live in host memory and are updated there (stage 2 or 3); slower, 12 bytes a parameter less on the
-    device, divided by the data-parallel size."""
+    """Masters and optimizer state live in host memory and are updated there (stage 2 or 3). Slower; with AdamW it saves 12 bytes
+    per parameter of device memory, divided by the data-parallel size."""
     reduce_bucket_mb: int = Field(200, ge=1)
     """Megabytes of gradients reduced in one call."""
 
@@ -187,7 +187,9 @@ class Data(Section):
         ):  # its name in 0.1.0 and in that release's run folders
             return values
         if "stall_timeout" in values:
-            raise ValueError("stall_timeout and patience, its old name, are both given; keep stall_timeout")
+            raise _broken(
+                "stall-timeout-twice", "stall_timeout and patience, its old name, are both given; keep stall_timeout"
+            )
         return {"stall_timeout" if key == "patience" else key: value for key, value in values.items()}
 
     @model_validator(mode="after")
@@ -198,8 +200,10 @@ class Data(Section):
 
 
 class Optimizer(Section):
-    """AdamW. Matrices decay, norms do not."""
+    """The optimizer and its settings. Matrices decay, norms do not."""
 
+    kind: OptimizerName = "adamw"
+    """`adamw`: Adam with decoupled weight decay."""
     lr: float = Field(1e-3, gt=0)
     """Peak learning rate."""
     beta1: float = Field(0.9, ge=0, lt=1)

@@ -9,10 +9,12 @@ from ssa_megatron.registry import Registry
 
 if TYPE_CHECKING:
     from ssa_megatron.model.kinds.base import AttentionKind
+    from ssa_megatron.optim.base import OptimizerKind
 
 KINDS: "Registry[type[AttentionKind]]" = Registry(
     "attention.kind", "ssa_megatron.model.kinds", helpers=("base", "streams")
 )
+OPTIMIZERS: "Registry[type[OptimizerKind]]" = Registry("optimizer.kind", "ssa_megatron.optim")
 
 
 def _known(registry: Registry) -> AfterValidator:
@@ -26,3 +28,4 @@ def _known(registry: Registry) -> AfterValidator:
 
 
 KindName = Annotated[str, _known(KINDS)]
+OptimizerName = Annotated[str, _known(OPTIMIZERS)]

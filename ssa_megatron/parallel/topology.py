@@ -1,4 +1,4 @@
-"""The one table of what may be combined: parallel sizes, ZeRO stage, heads, batch.
+"""The one table of what may be combined: parallel sizes, ZeRO stage, optimizer, heads, batch.
 
 `check` is called before any process group exists, by `train` and by everything that plans; each row of RULES names the fields,
 the reason and what would work instead. A combination that passes here has been shown equal to one process by the tests.
@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ssa_megatron.config import Recipe
+from ssa_megatron.config.variants import OPTIMIZERS
 from ssa_megatron.errors import ConfigError
 
 
@@ -151,6 +152,13 @@ RULES = (
         ),
         "the interleaved schedule needs train.eval_rows to be a multiple of the data-parallel size times parallel.pipeline",
         "a multiple of it, or parallel.virtual_pipeline=1",
+    ),
+    Rule(
+        "optimizer-needs-whole-matrices",
+        "optimizer.kind",
+        lambda r, w: OPTIMIZERS[r.optimizer.kind].whole_matrices,
+        "ZeRO passes flat ranges of parameters to the optimizer, and this one needs whole matrices",
+        "optimizer.kind=adamw",
     ),
 )
 

@@ -1,13 +1,14 @@
 """Bytes on one rank, item by item, and the moment of a step at which most of them are alive.
 
-Weights, gradients, masters and moments are exact. Activations are what autograd keeps (activations.py); to them each phase
-adds what it works with. The peak is the largest phase: at these vocabularies mostly the loss, whose fp32 logits are alive
-together with every layer's activations; the optimizer's step needs less than either, because nothing of the forward is left.
+Weights, gradients, masters and moments (the optimizer's state) are exact. Activations are what autograd keeps (activations.py);
+each phase adds what it works with. The peak is the largest phase: at these vocabularies mostly the loss, whose fp32 logits are
+alive together with every layer's activations. The optimizer's step needs less than either: nothing of the forward is left.
 """
 
 from dataclasses import dataclass
 
 from ssa_megatron.config import Recipe
+from ssa_megatron.optim import optimizer_of
 from ssa_megatron.planning import activations
 from ssa_megatron.planning.rank_shapes import Parameters, RankShapes, parameters, rank_shapes
 
@@ -65,7 +66,7 @@ def states(recipe: Recipe, c: RankShapes, held: Parameters) -> tuple[dict[str, i
     # ZeRO-1 in bf16 accumulates into a flat fp32 buffer; in fp32 gradients are the parameters' own
     gradients = 4 * share if stage > 1 else 4 * (flat if c.element == 2 else held.count)
     found = {"weights": c.element * (share if stage == 3 else flat), "gradients (fp32)": gradients}
-    optimizer = {"masters (fp32)": 4 * share, "moments (fp32)": 8 * share}
+    optimizer = {"masters (fp32)": 4 * share, "moments (fp32)": optimizer_of(recipe).bytes_per_parameter * share}
     if recipe.zero.offload_optimizer:
         return found, sum(optimizer.values())
     return found | optimizer, 0

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ssa_megatron.config import Recipe
 from ssa_megatron.model.shapes import parameter_count
+from ssa_megatron.optim import optimizer_of
 from ssa_megatron.parallel import topology
 from ssa_megatron.planning.communication import traffic
 from ssa_megatron.planning.hardware import Hardware
@@ -15,8 +16,9 @@ GIB = 2**30
 
 
 def checkpoint_bytes(recipe: Recipe) -> int:
-    """Of one checkpoint: master and two moments in fp32, and the bf16 weights beside them; names and manifest are small."""
-    return parameter_count(recipe) * (14 if recipe.train.precision == "bf16" else 12)
+    """Of one checkpoint: fp32 masters, optimizer state, and under bf16 the working weights; names and manifest are small."""
+    working = 2 if recipe.train.precision == "bf16" else 0
+    return parameter_count(recipe) * (4 + optimizer_of(recipe).bytes_per_parameter + working)
 
 
 def disk_needed(recipe: Recipe) -> int:

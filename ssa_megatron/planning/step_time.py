@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from ssa_megatron.config import Recipe
 from ssa_megatron.model.kinds import kind_of
 from ssa_megatron.model.shapes import parameter_count
+from ssa_megatron.optim import optimizer_of
 from ssa_megatron.planning.communication import Traffic, traffic
 from ssa_megatron.planning.hardware import Hardware
 from ssa_megatron.planning.rank_shapes import RankShapes, parameters, rank_shapes
@@ -21,7 +22,7 @@ MLP_BYTES = 42  # per channel of the MLP
 RESIDUAL_BYTES = 20  # per channel of a layer
 LOSS_BYTES = 54  # per logit
 ACCUMULATE_BYTES = 18  # per parameter and micro-batch: a bf16 gradient cast and added to fp32
-UPDATE_BYTES = 56  # per parameter and step: norm, clipping, AdamW, working copy, zeroing
+UPDATE_BYTES = 40  # per parameter and step: norm, clipping, master, working copy, zeroing; optimizer state comes on top
 FORWARD_SHARE = 1 / 3  # of element-wise traffic and attention, that recomputation repeats
 
 
@@ -106,11 +107,12 @@ def _stage_parts(recipe: Recipe, c: RankShapes, world: int, gpu: Hardware, stage
 
 
 def update(recipe: Recipe, c: RankShapes, count: int, gpu: Hardware) -> float:
-    """Seconds of AdamW on this rank's share of `count` parameters; offloaded, gradients go to the host and weights come back."""
-    share = count / c.shards
+    """Seconds of an update of this rank's share of `count` parameters; offloaded, gradients and weights cross the host link."""
+    state = optimizer_of(recipe).bytes_per_parameter
+    share, moved = count / c.shards, UPDATE_BYTES + 2 * state  # state is read and written
     if not recipe.zero.offload_optimizer:
-        return UPDATE_BYTES * share / gpu.bandwidth
-    return UPDATE_BYTES * share / gpu.host + (4 + c.element) * share / gpu.host_link
+        return moved * share / gpu.bandwidth
+    return moved * share / gpu.host + (4 + c.element) * share / gpu.host_link
 
 
 def bandwidth(recipe: Recipe, t: Traffic, world: int, gpu: Hardware) -> float:

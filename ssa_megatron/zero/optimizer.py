@@ -1,4 +1,4 @@
-"""The optimizer: AdamW whose state DeepSpeed shards over the data-parallel ranks.
+"""The recipe's optimizer, whose state DeepSpeed shards over the data-parallel ranks.
 
 Under ZeRO-1 DeepSpeed sees finished gradients only: Megatron's schedule accumulates micro-batches, `finish_gradients` adds what
 tensor parallelism owes (sequence-parallel norms), `step` reduces over data-parallel ranks, clips by the global norm, and
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ssa_megatron.config import Recipe
 from ssa_megatron.model.names import named_parameters
+from ssa_megatron.optim import optimizer_of
 from ssa_megatron.parallel.device import fused_optimizer
 from ssa_megatron.parallel.state import Mpu, ParallelState
 from ssa_megatron.zero.ds_config import deepspeed_config
@@ -26,42 +27,34 @@ from ssa_megatron.zero.shards import Fragment, PartitionedWeights, SharedWeights
 
 
 class ShardedOptimizer:
-    """AdamW under ZeRO for one model on this rank."""
+    """An optimizer under ZeRO for one model on this rank; `kind` describes its state."""
 
     def __init__(self, model: torch.nn.Module, recipe: Recipe, parallel: ParallelState):
         import deepspeed
 
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         self.recipe, self.parallel = recipe, parallel
+        self.kind = optimizer_of(recipe)
         self.named = list(named_parameters(model, recipe, parallel))
         self.config = deepspeed_config(recipe)
+        fused = fused_optimizer(offloaded=recipe.zero.offload_optimizer)
         # DeepSpeed prints memory figures and advice about features that are switched off here on purpose
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             self.engine, *_ = deepspeed.initialize(
                 model=model,
-                optimizer=self._adamw(),
+                optimizer=self.kind.build([named.parameter for named in self.named], fused=fused),
                 mpu=Mpu(parallel),
                 config=self.config,
                 dist_init_required=False,
             )
         self._inner = self.engine.optimizer.optimizer
-        kind = PartitionedWeights if recipe.zero.stage == 3 else SharedWeights
-        self._shards = kind(self.engine.optimizer, self.named)
+        sharding = PartitionedWeights if recipe.zero.stage == 3 else SharedWeights
+        self._shards = sharding(self.engine.optimizer, self.named, self.kind)
         self.backward_engine = self.engine if recipe.zero.stage > 1 else None
         if self.backward_engine and recipe.parallel.sequence:
             for parameter in self._sequence_parallel_parameters():
                 parameter.register_hook(self._sum_over_tensor_ranks)
-
-    def _adamw(self) -> torch.optim.AdamW:
-        o = self.recipe.optimizer
-        parameters = [named.parameter for named in self.named]
-        groups = [
-            {"params": [p for p in parameters if p.dim() > 1], "weight_decay": o.weight_decay},
-            {"params": [p for p in parameters if p.dim() == 1], "weight_decay": 0.0},
-        ]
-        fused = fused_optimizer(offloaded=self.recipe.zero.offload_optimizer)
-        return torch.optim.AdamW(groups, lr=o.lr, betas=(o.beta1, o.beta2), eps=o.eps, fused=fused)
 
     def gradient(self, parameter: torch.nn.Parameter) -> Tensor | None:
         """The gradient accumulated so far, in the parameter's shape: fp32 under bf16 training, else the parameter's own."""
@@ -111,11 +104,11 @@ class ShardedOptimizer:
         return self._shards.fragments()
 
     @property
-    def applied_steps(self) -> int:
-        """Updates made so far: Adam's step count."""
-        return self._shards.adam_step
+    def applied_steps(self) -> int | None:
+        """Updates made so far, as the optimizer counts them; None if it keeps no count."""
+        return self._shards.step_count
 
     def restored(self, applied_steps: int) -> None:
-        """Call after masters and moments were written into `fragments`: sets Adam's step and refreshes the working weights."""
-        self._shards.adam_step = applied_steps
+        """Call after `fragments` were filled: sets the optimizer's step count and refreshes the working weights."""
+        self._shards.step_count = applied_steps
         self._shards.refresh()

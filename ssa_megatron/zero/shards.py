@@ -1,4 +1,4 @@
-"""Where DeepSpeed keeps this rank's masters and moments, and how its gradients are thrown away: one class per kind of sharding.
+"""Where DeepSpeed keeps this rank's masters and optimizer state, and how its gradients are discarded: one class per sharding.
 
 `SharedWeights` (ZeRO-1 and 2): every rank holds all weights; one flat master per parameter group is cut into ranges of the
 parameters. `PartitionedWeights` (ZeRO-3): a rank holds its padded range of every weight, flat per sub-group. Both yield live
@@ -9,18 +9,18 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from ssa_megatron.model.names import NamedParameter
+from ssa_megatron.optim.base import OptimizerKind
 
 
 @dataclass(frozen=True)
 class Fragment:
     """Elements `start .. start + numel` of a local parameter (row-major), whose optimizer state this rank owns.
 
-    All tensors are 1-d views into live storage; `master`, `exp_avg`, `exp_avg_sq` are fp32, `working` has the model's dtype.
-    They keep their contents from one optimizer step to the next: forward, backward and evaluation only read them.
+    All tensors are 1-d views into live storage; `master` and `state` are fp32, `working` has the model's dtype. They keep their
+    contents from one optimizer step to the next: forward, backward and evaluation only read them.
     """
 
     named: NamedParameter
@@ -28,23 +28,23 @@ class Fragment:
     numel: int
     working: Tensor
     master: Tensor
-    exp_avg: Tensor
-    exp_avg_sq: Tensor
+    state: dict[str, Tensor]
+    """By the names of `OptimizerKind.state`."""
+
+    @property
+    def stored(self) -> dict[str, Tensor]:
+        """What a checkpoint needs to continue, by the names it has there: `master` and the state."""
+        return {"master": self.master, **self.state}
 
 
 class Shards(ABC):
-    """What both kinds share: Adam's state lies beside each flat master, under the inner optimizer's `state`."""
+    """What both classes share: the state of each flat master is in the inner optimizer's `state`."""
 
-    def __init__(self, optimizer, named: list[NamedParameter]):
-        """optimizer: DeepSpeed's, which wraps torch's AdamW as `.optimizer`."""
-        self._optimizer, self._inner, self._named = optimizer, optimizer.optimizer, named
-        for flat in self.flats():  # torch creates Adam's state at its first step; checkpoints read and write it before
-            device = flat.device if self._inner.defaults["fused"] else "cpu"
-            self._inner.state[flat] = {
-                "step": torch.zeros((), dtype=torch.float32, device=device),
-                "exp_avg": torch.zeros_like(flat),
-                "exp_avg_sq": torch.zeros_like(flat),
-            }
+    def __init__(self, optimizer, named: list[NamedParameter], kind: OptimizerKind):
+        """optimizer: DeepSpeed's, which wraps what `kind` built as `.optimizer`."""
+        self._optimizer, self._inner, self._named, self._kind = optimizer, optimizer.optimizer, named, kind
+        for flat in self.flats():
+            self._inner.state[flat] = kind.initial_state(flat, fused=bool(self._inner.defaults.get("fused")))
 
     @abstractmethod
     def flats(self) -> list[Tensor]:
@@ -63,14 +63,16 @@ class Shards(ABC):
         self._optimizer.zero_grad()
 
     @property
-    def adam_step(self) -> int:
-        """Updates made so far, equal in every flat."""
-        return int(self._inner.state[self.flats()[0]]["step"].item())
+    def step_count(self) -> int | None:
+        """Updates made so far, equal in every flat; None if the optimizer keeps no count."""
+        key = self._kind.step_count
+        return None if key is None else int(self._inner.state[self.flats()[0]][key].item())
 
-    @adam_step.setter
-    def adam_step(self, value: int) -> None:
-        for flat in self.flats():
-            self._inner.state[flat]["step"].fill_(float(value))
+    @step_count.setter
+    def step_count(self, value: int) -> None:
+        if self._kind.step_count is not None:
+            for flat in self.flats():
+                self._inner.state[flat][self._kind.step_count].fill_(float(value))
 
     def _fragment(self, named: NamedParameter, start: int, flat: Tensor, at: int, working: Tensor) -> Fragment:
         state, numel = self._inner.state[flat], working.numel()
@@ -80,8 +82,7 @@ class Shards(ABC):
             numel=numel,
             working=working,
             master=flat.detach().narrow(0, at, numel),
-            exp_avg=state["exp_avg"].narrow(0, at, numel),
-            exp_avg_sq=state["exp_avg_sq"].narrow(0, at, numel),
+            state={name: state[name].narrow(0, at, numel) for name in self._kind.state},
         )
 
 

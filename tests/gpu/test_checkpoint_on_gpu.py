@@ -33,7 +33,7 @@ def test_a_background_save_equals_one_at_once_and_loads(alone, tmp_path, zero): 
     said = []
     torch.cuda._sleep(200_000_000)  # the device is behind the host: a copy that does not wait for it reads too early
     for fragment in optimizer.fragments():
-        fragment.exp_avg.mul_(2.0)
+        fragment.state["exp_avg"].mul_(2.0)
     pending = PendingCheckpoint(tmp_path, optimizer, recipe, alone, step=3, **about)
     result = train_step(
         model,

@@ -134,7 +134,7 @@ def skips(precision: str, kind: str, parallel, **overrides) -> dict:
         return asdict(train_step(model, optimizer, own, recipe, parallel, step=number, lr=1e-2))
 
     def state(optimizer) -> list[torch.Tensor]:
-        return [t.clone() for f in optimizer.fragments() for t in (f.working, f.master, f.exp_avg, f.exp_avg_sq)]
+        return [t.clone() for f in optimizer.fragments() for t in (f.working, *f.stored.values())]
 
     model, optimizer = build(recipe, parallel)
     first = step(model, optimizer, 0, clean(recipe, parallel, 0))

@@ -53,7 +53,7 @@ def steps(overrides: dict, parallel) -> dict:
         take_steps(model, optimizer, recipe, parallel, 1, 2)
     inner = optimizer.engine.optimizer.optimizer
     masters = list(inner.state)
-    moments = [inner.state[flat][name] for flat in masters for name in ("exp_avg", "exp_avg_sq")]
+    moments = [inner.state[flat][name] for flat in masters for name in optimizer.kind.state]
     held = {
         "weights": storages(getattr(p, "ds_tensor", p) for p in model.parameters()),
         "masters (fp32)": storages(masters),

@@ -60,7 +60,7 @@ def run(written, tmp_path) -> Path:
 
 
 def copy_of_state(optimizer) -> list[list[torch.Tensor]]:
-    return [[t.clone() for t in (f.working, f.master, f.exp_avg, f.exp_avg_sq)] for f in optimizer.fragments()]
+    return [[t.clone() for t in (f.working, *f.stored.values())] for f in optimizer.fragments()]
 
 
 def equal(a, b) -> bool:

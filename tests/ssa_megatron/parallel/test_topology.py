@@ -2,7 +2,9 @@
 
 import pytest
 
+from ssa_megatron.config.variants import OPTIMIZERS
 from ssa_megatron.errors import ConfigError
+from ssa_megatron.optim.adamw import AdamW
 from ssa_megatron.parallel import topology
 from tests.errors import raises
 from tests.ssa_megatron.support import tiny
@@ -65,7 +67,25 @@ BROKEN = {
         },
         "parallel.virtual_pipeline=1",
     ),
+    "optimizer-needs-whole-matrices": (
+        "optimizer.kind",
+        1,
+        {"optimizer__kind": "matrices"},
+        "optimizer.kind=adamw",
+    ),
 }
+
+
+@pytest.fixture(autouse=True)
+def matrices():
+    """An optimizer that needs whole matrices."""
+
+    @OPTIMIZERS.register("matrices")
+    class Matrices(AdamW):
+        whole_matrices = True
+
+    yield
+    OPTIMIZERS.unregister("matrices")
 
 
 @pytest.mark.parametrize("rule", BROKEN)
