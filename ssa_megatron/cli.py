@@ -49,11 +49,11 @@ def train(
     from ssa_megatron.config import load_recipe
 
     resolved = load_recipe(recipe, overrides or ())
+    from ssa_megatron.parallel import topology
     from ssa_megatron.parallel.state import world_size
-    from ssa_megatron.planning import hardware, search
     from ssa_megatron.train import restarts
 
-    search.check(resolved, world_size(), hardware.find("h100"))
+    topology.check(resolved, world_size())
     folder = run or Path("runs") / resolved.name
     restarts.check(folder, global_batch_rows=resolved.train.global_batch_rows)
     if int(os.environ.get("RANK", "0")) == 0:  # the imports below take seconds, and silence looks like a hang

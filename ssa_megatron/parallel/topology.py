@@ -163,21 +163,27 @@ RULES = (
 )
 
 
+def first_broken(recipe: Recipe, world: int) -> Rule | None:
+    """The first rule that `world` processes would break with `recipe`; None when the combination is legal."""
+    return next((rule for rule in RULES if rule.broken(recipe, world)), None)
+
+
+def refusal(rule: Rule, recipe: Recipe, world: int, *, remedy: str) -> ConfigError:
+    """The error that names field, values, reason and remedy of a broken rule."""
+    p, m, train = recipe.parallel, recipe.model, recipe.train
+    return ConfigError(
+        f"{rule.fields} is not possible for {world} process(es) with tensor={p.tensor} sequence={p.sequence} "
+        f"pipeline={p.pipeline} virtual_pipeline={p.virtual_pipeline} context={p.context} zero.stage={recipe.zero.stage}, "
+        f"num_layers={m.num_layers}, num_heads={m.num_heads}, num_kv_heads={m.num_kv_heads}, "
+        f"sequence_length={train.sequence_length}, global_batch_rows={train.global_batch_rows}, "
+        f"micro_batch_rows={train.micro_batch_rows}: {rule.reason}",
+        remedy=remedy,
+        id=rule.id,
+    )
+
+
 def check(recipe: Recipe, world: int) -> None:
     """Raise ConfigError naming field, value, reason and remedy if `world` processes cannot run `recipe`."""
-    for rule in RULES:
-        if rule.broken(recipe, world):
-            p = recipe.parallel
-            shape = (
-                f"tensor={p.tensor} sequence={p.sequence} pipeline={p.pipeline} "
-                f"virtual_pipeline={p.virtual_pipeline} context={p.context}"
-            )
-            raise ConfigError(
-                f"{rule.fields} is not possible for {world} process(es) with {shape} zero.stage={recipe.zero.stage}, "
-                f"num_layers={recipe.model.num_layers}, num_heads={recipe.model.num_heads}, "
-                f"num_kv_heads={recipe.model.num_kv_heads}, sequence_length={recipe.train.sequence_length}, "
-                f"global_batch_rows={recipe.train.global_batch_rows}, micro_batch_rows={recipe.train.micro_batch_rows}: "
-                f"{rule.reason}",
-                remedy=rule.remedy,
-                id=rule.id,
-            )
+    if rule := first_broken(recipe, world):
+        remedy = f"{rule.remedy}; `ssa plan` with --world {world} names the nearest legal ways"
+        raise refusal(rule, recipe, world, remedy=remedy)

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from itertools import product
 
 from ssa_megatron.config import Recipe
-from ssa_megatron.errors import ConfigError
 from ssa_megatron.parallel import topology
 from ssa_megatron.planning.hardware import Hardware
 from ssa_megatron.planning.memory import Memory, memory
@@ -81,7 +80,7 @@ def legal(recipe: Recipe, world: int, gpu: Hardware) -> Iterator[Recipe]:
                     "train": train.model_copy(update={"micro_batch_rows": micro, "recompute": mode}),
                 }
             )
-            if not any(rule.broken(found, world) for rule in topology.RULES):
+            if topology.first_broken(found, world) is None:
                 yield found
 
 
@@ -130,18 +129,18 @@ def nearest(recipe: Recipe, candidates: list[Candidate], count: int = 2) -> list
 
 def check(recipe: Recipe, world: int, gpu: Hardware) -> None:
     """`topology.check`, whose refusal also names two ways to run this recipe on this many processes."""
-    try:
-        topology.check(recipe, world)
-    except ConfigError as refusal:
-        found = nearest(recipe, fitting(recipe, world, gpu)) or nearest(recipe, _evaluated(recipe, world, gpu))
-        for other in _other_batches(recipe, world):
-            if len(found) >= 2:
-                break
-            found += nearest(recipe, _evaluated(other, world, gpu), count=1)
-        remedy = f"{refusal.remedy}; legal for {world} process(es): {', or '.join(found)}"
-        if worlds := _other_worlds(recipe, world):
-            remedy += f"; as it is, legal for {' or '.join(map(str, worlds))}"
-        raise ConfigError(refusal.problem, remedy=remedy, id=refusal.id) from None
+    rule = topology.first_broken(recipe, world)
+    if rule is None:
+        return
+    found = nearest(recipe, fitting(recipe, world, gpu)) or nearest(recipe, _evaluated(recipe, world, gpu))
+    for other in _other_batches(recipe, world):
+        if len(found) >= 2:
+            break
+        found += nearest(recipe, _evaluated(other, world, gpu), count=1)
+    remedy = f"{rule.remedy}; legal for {world} process(es): {', or '.join(found)}"
+    if worlds := _other_worlds(recipe, world):
+        remedy += f"; as it is, legal for {' or '.join(map(str, worlds))}"
+    raise topology.refusal(rule, recipe, world, remedy=remedy)
 
 
 def _evaluated(recipe: Recipe, world: int, gpu: Hardware) -> list[Candidate]:
@@ -175,6 +174,6 @@ def _other_worlds(recipe: Recipe, world: int) -> list[int]:
     more = range((world // ranks + 1) * ranks, min(2 * world, world + NEAR * ranks) + ranks + 1, ranks)
 
     def runs(size: int) -> bool:
-        return not any(rule.broken(recipe, size) for rule in topology.RULES)
+        return topology.first_broken(recipe, size) is None
 
     return [size for size in (next(filter(runs, sizes), None) for sizes in (fewer, more)) if size]
