@@ -17,6 +17,10 @@ import typer
 
 from ssa_megatron.cli import app
 from ssa_megatron.config import load_recipe
+from ssa_megatron.config.variants import KINDS
+from ssa_megatron.model.kinds import kind_of
+from ssa_megatron.model.kinds.base import AttentionKind
+from ssa_megatron.planning import hardware, search
 from tests import launch
 
 ROOT = launch.ROOT
@@ -149,6 +153,19 @@ def test_every_function_of_the_tour_exists():
         for name in re.findall(r"`([\w.]+)`", place):
             for part in name.split("."):
                 assert re.search(rf"(?:class|def) {part}\b", text) or "StepRunner" in name, f"{name} in: {place}"
+
+
+def test_the_attention_kind_of_contributing_is_complete():
+    """The example registers, a recipe may name it, and it can be planned, with a gate per stream."""
+    example = (ROOT / "CONTRIBUTING.md").read_text().split("```python\n@KINDS")[1].split("```")[0]
+    try:
+        exec("@KINDS" + example, {"KINDS": KINDS, "AttentionKind": AttentionKind})
+        recipe = load_recipe("demo", ["attention.kind=mixed"])
+        assert kind_of(recipe).gates == 2
+        plan = search.evaluate(recipe, 1, hardware.find("h100"))
+        assert plan.stages[0].phases
+    finally:
+        KINDS.unregister("mixed")
 
 
 def test_every_page_that_the_code_cites_has_the_section():
