@@ -25,7 +25,7 @@ def test_the_host_of_the_rendezvous_must_have_the_address_it_is_reached_by():
 
 
 def test_a_node_whose_own_name_is_loopback_tells_the_others_the_address_of_its_default_route(monkeypatch):
-    """Once 127.0.1.1, Debian's default for a machine's own name: the others then waited for themselves, for ten minutes."""
+    """Regression: 127.0.1.1, Debian's default for a machine's own name: the others waited for themselves, for ten minutes."""
     found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.1.1", 0))]
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
     monkeypatch.setattr(addresses, "_source_towards", lambda address: f"towards {address}")

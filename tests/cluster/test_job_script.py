@@ -56,7 +56,7 @@ def crashes(run: Path, times: int, before: str = "") -> list[bool]:
 
 
 def test_crashes_are_counted_from_the_newest_checkpoint_and_by_job(tmp_path):
-    """Once by SLURM's count of restarts: after three time limits a long run's first crash was its last."""
+    """Regression: by SLURM's count of restarts: after three time limits a long run's first crash was its last."""
     run = tmp_path / "run"
     assert crashes(run, 4) == [True, True, True, False]
     assert (run / "logs" / "crashes").read_text() == "4 7 \n"
@@ -75,7 +75,7 @@ def test_where_crashes_cannot_be_counted_slurms_restarts_are(tmp_path):
 
 @pytest.mark.parametrize("said", ["NodeName=n1 NodeAddr=10.0.0.1 X=1", ""])
 def test_the_first_node_goes_by_its_name_while_the_controller_does_not_answer(said):
-    """Once by nothing: the launchers then ended with 2, which is not requeued."""
+    """Regression: by nothing: the launchers then ended with 2, which is not requeued."""
     script = f"""source cluster/job.sh
     scontrol() {{ [[ $* != "show hostnames n[1-2]" ]] || echo n1; [[ $* != *"show node n1" ]] || echo "{said}"; }}
     SLURM_JOB_NODELIST="n[1-2]" ssa_host"""
@@ -120,7 +120,7 @@ def test_a_signal_before_the_command_is_not_lost(tmp_path, name, requeued):
 
 
 def test_a_signal_between_the_commands_start_and_the_traps_for_it_is_not_lost(tmp_path):
-    """Once lost: only counted, never passed on, so that the time limit came with nothing saved."""
+    """Regression: lost: only counted, never passed on, so that the time limit came with nothing saved."""
     at_that_moment = """set -T; trap '[[ $BASH_COMMAND != "child=\\$!" ]] || { sleep 0.5; kill -USR1 $$; }' DEBUG"""
     process = start(tmp_path / "run", 3, tenths=100, before=at_that_moment)
     said, _ = process.communicate(timeout=30)
@@ -129,7 +129,7 @@ def test_a_signal_between_the_commands_start_and_the_traps_for_it_is_not_lost(tm
 
 
 def test_a_task_of_an_array_requeues_itself_and_not_the_whole_array(tmp_path):
-    """Once lost: the task that has the array's own number restarted every other one."""
+    """Regression: lost: the task that has the array's own number restarted every other one."""
     process = start(tmp_path / "run", 75, before="SLURM_ARRAY_JOB_ID=7 SLURM_ARRAY_TASK_ID=3")
     said, _ = process.communicate(timeout=30)
     assert "asked of SLURM: requeue 7_3\n" in said

@@ -83,7 +83,7 @@ def test_under_slurm_nodes_rank_host_and_port_come_from_the_job(monkeypatch):
 
 
 def test_a_launcher_per_gpu_instead_of_per_node_is_refused(monkeypatch, capsys):
-    """Once 8 launchers on a node, each with 8 ranks and the same node rank, fighting for one port."""
+    """Regression: 8 launchers on a node, each with 8 ranks and the same node rank, fighting for one port."""
     job = {"SLURM_JOB_ID": "4711", "SLURM_NODEID": "0", "SLURM_NNODES": "2", "SSA_HOST": "10.0.0.1"}
     for name, value in {**job, "SLURM_STEP_NUM_TASKS": "16", "SLURM_STEP_NUM_NODES": "2"}.items():
         monkeypatch.setenv(name, value)
@@ -98,7 +98,7 @@ def test_a_launcher_per_gpu_instead_of_per_node_is_refused(monkeypatch, capsys):
 
 
 def test_ranks_that_srun_started_without_a_launcher_are_told_how_to(tmp_path):
-    """Once each trained alone: the first in the run folder, the others refused two minutes later."""
+    """Regression: each trained alone: the first in the run folder, the others refused two minutes later."""
     run = tmp_path / "run"
     said = launch.run(
         1,
@@ -130,13 +130,13 @@ def test_host_names_with_a_domain_and_ports_are_told_apart():
 
 
 def test_the_run_folder_is_understood_in_both_spellings_that_ssa_train_takes():
-    """Once only as two words; the other was refused as missing."""
+    """Regression: only as two words; the other was refused as missing."""
     assert parse(["train", "demo", "--run-folder=runs/y"]).run == Path("runs/y")
     assert parse(["train", "demo", "--run-folder", "runs/y", "train.steps=3"]).run == Path("runs/y")
 
 
 def test_a_first_node_that_never_comes_is_a_crash_which_is_requeued_and_not_hopeless(tmp_path):
-    """Once 7, which no scheduler requeues: a job whose first node had died was over."""
+    """Regression: 7, which no scheduler requeues: a job whose first node had died was over."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -161,7 +161,7 @@ def test_a_port_that_is_taken_is_named_with_the_remedy(tmp_path):
 
 
 def test_the_launchs_code_survives_threads_that_still_talk_to_the_store():
-    """Once lost, now and then on nodes other than the first: 134 instead of 0, so that a run that was done was requeued."""
+    """Regression: lost, now and then on nodes other than the first: 134 instead of 0, so a finished run was requeued."""
     code = """if 1:
         import threading, time
         from datetime import timedelta
@@ -195,7 +195,7 @@ def asked_to_start_again(code: str) -> subprocess.CompletedProcess:
 
 
 def test_a_signal_that_comes_while_another_is_dealt_with_changes_no_code():
-    """Once 1, a crash, when srun and scancel signalled within a millisecond, before any rank ran."""
+    """Regression: 1, a crash, when srun and scancel signalled within a millisecond, before any rank ran."""
     code = """if 1:
         import os, signal
         from ssa_cluster import launch
@@ -213,7 +213,7 @@ def test_a_signal_that_comes_while_another_is_dealt_with_changes_no_code():
 
 
 def test_a_signal_whose_exception_a_library_swallows_is_heard_all_the_same():
-    """Once the ranks were started: an import's C code had cleared the exception."""
+    """Regression: the ranks were started: an import's C code had cleared the exception."""
     code = """if 1:
         import contextlib, os, signal
         from ssa_cluster import launch
@@ -277,7 +277,7 @@ def test_a_signal_to_the_launcher_is_a_committed_checkpoint_and_exit_code_75(dat
 
 
 def test_a_terminal_that_is_closed_ends_no_training(dataset, tmp_path):  # noqa: F811
-    """Once the first line that could not be printed did: on the rank, and again in the launcher that was to restart it."""
+    """Regression: the first line that could not be printed did: on the rank, and again in the launcher that was to restart it."""
     recipe, run = recipe_file(tmp_path, dataset, train__steps=30, checkpoint__interval=100), tmp_path / "run"
     terminal, end = pty.openpty()
     command = [sys.executable, "-m", "ssa_cluster.launch", "--nproc-per-node", "2", "train", str(recipe)]
@@ -323,7 +323,7 @@ time.sleep(60)
 
 
 def test_a_rank_that_ended_early_is_followed_by_the_others_at_once(tmp_path):
-    """Once after ten seconds, with SIGKILL: they loaded their libraries, and waited for one that was gone."""
+    """Regression: after ten seconds, with SIGKILL: they loaded their libraries, and waited for one that was gone."""
     (tmp_path / "ssa_megatron").mkdir()
     (tmp_path / "ssa_megatron" / "__init__.py").touch()
     (tmp_path / "ssa_megatron" / "__main__.py").write_text(EARLY)

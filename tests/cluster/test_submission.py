@@ -76,7 +76,7 @@ def test_a_wrong_site_setting_is_named_with_its_value(tmp_path, key, value, said
 
 @pytest.mark.parametrize("option", ["--site", "--sweep"])
 def test_a_file_that_is_no_text_is_refused_by_name(site, tmp_path, option):
-    """Once a traceback."""
+    """Regression: a traceback."""
     (tmp_path / "binary").write_bytes(b"\xff\xfe")
     options = parse_submission([option, str(tmp_path / "binary"), "--run-folder", str(tmp_path / "run"), "demo"])
     with pytest.raises(Refused, match=rf"{option} {tmp_path}/binary cannot be read: 'utf-8' codec"):
@@ -85,7 +85,7 @@ def test_a_file_that_is_no_text_is_refused_by_name(site, tmp_path, option):
 
 @pytest.mark.parametrize("limit", ["5", "5:00", "0:05:00", "0-0:05", "0-0:05:00"])
 def test_a_time_limit_in_which_nothing_could_be_trained_is_refused(limit):
-    """Once submitted: told to stop as soon as it had begun, it requeued itself for ever."""
+    """Regression: submitted: told to stop as soon as it had begun, it requeued itself for ever."""
     check_time(limit, least=300, origin="--time")
     with pytest.raises(
         Refused, match=rf"--time: {limit} is 300 s, and the job is told to stop up to 301 s before its end"
@@ -208,7 +208,7 @@ ODD = {  # legal, and hard on a shell
 
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_odd_settings_give_a_script_that_shellcheck_passes_and_that_starts_the_launcher(site, tmp_path, template):
-    """Once a job's end: a setup with `set -e` or `cd`, or with scripts that `set -u` ends, as conda's."""
+    """Regression: a job's end: a setup with `set -e` or `cd`, or with scripts that `set -u` ends, as conda's."""
     odd = tmp_path / "odd.yaml"
     odd.write_text(yaml.safe_dump(yaml.safe_load(site.read_text()) | ODD))
     data, run = tmp_path / "its data", tmp_path / "run"
@@ -254,7 +254,7 @@ def test_a_container_cannot_mount_data_whose_path_has_a_colon(site, tmp_path):
 
 
 def test_a_run_folder_of_another_recipe_gets_no_job_number(site, tmp_path):
-    """Once the job found out, with exit code 5, after its time in the queue; for a sweep each task's folder is looked at."""
+    """Regression: the job found out after its time in the queue, with exit code 5; a sweep checks each task's folder."""
     sweep = tmp_path / "sweep.txt"
     sweep.write_text("train.seed=1\ntrain.seed=2\n")
     (tmp_path / "run" / "1").mkdir(parents=True)
@@ -288,7 +288,7 @@ def test_a_folder_that_sbatch_or_a_container_cannot_take_is_refused(site, tmp_pa
 
 
 def test_a_run_folder_that_cannot_be_made_is_refused_with_the_reason(site, tmp_path):
-    """Once a traceback."""
+    """Regression: a traceback."""
     (tmp_path / "file").touch()
     run = tmp_path / "file" / "run"
     said = submit("--site", site, "--run-folder", run, "demo", f"data.path={tmp_path}", "--dry-run", expect=2)
@@ -297,7 +297,7 @@ def test_a_run_folder_that_cannot_be_made_is_refused_with_the_reason(site, tmp_p
 
 @pytest.mark.parametrize("inside", [True, False])
 def test_a_job_does_not_inherit_the_job_it_is_submitted_from_nor_the_checkout(site, tmp_path, inside):
-    """Once srun in it was told the interactive job's cores (`CPU binding outside of job step allocation`) and first node."""
+    """Regression: srun in it got the interactive job's cores (`CPU binding outside of job step allocation`) and first node."""
     tools, seen = tmp_path / "tools", tmp_path / "seen"
     tools.mkdir()
     (tools / "sbatch").write_text(f'#!/bin/bash\nenv >"{seen}"\necho "4711;cluster"\n')
@@ -315,7 +315,7 @@ def test_a_job_does_not_inherit_the_job_it_is_submitted_from_nor_the_checkout(si
 
 
 def test_the_folder_it_is_called_from_is_not_searched_for_modules(site, tmp_path):
-    """Once a folder named `ssa_cluster` there, or another checkout, was run and submitted in this one's place."""
+    """Regression: a folder named `ssa_cluster` there, or another checkout, was run and submitted in this one's place."""
     for name in ("ssa_cluster", "ssa_megatron"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "__init__.py").write_text("raise SystemExit('the wrong one')\n")

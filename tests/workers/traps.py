@@ -63,7 +63,7 @@ def _data_parallel_ranks_only():
 def _norm_of_one_rank():
     """The norm that clips is summed over the model-parallel group."""
     # where tensor parallelism takes all processes, the data-parallel group is the rank alone
-    return mock.patch.object(Mpu, "get_model_parallel_group", lambda self: parallel_state.get_data_parallel_group())
+    return mock.patch.multiple(Mpu, get_model_parallel_group=lambda self: parallel_state.get_data_parallel_group())
 
 
 def _nothing(model, optimizer) -> None:

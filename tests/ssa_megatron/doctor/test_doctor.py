@@ -290,7 +290,7 @@ def test_a_cluster_of_nobody_is_refused():
 
 
 def test_a_batch_script_is_no_step_and_is_told_to_use_srun(monkeypatch):
-    """Once a KeyError: a batch script has SLURM_PROCID, and of the tasks' number nothing that can be relied on."""
+    """Regression: a KeyError: a batch script has SLURM_PROCID, and of the tasks' number nothing that can be relied on."""
     for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     for name, value in {"PROCID": "0", "LOCALID": "0", "JOB_ID": "7", "JOB_NODELIST": "n1"}.items():

@@ -36,7 +36,7 @@ def test_streamed_pieces_are_the_greedy_text_of_generate(opened, mode):
 
 
 def test_a_row_of_the_embedding_that_no_piece_belongs_to_is_streamed_as_nothing(opened, monkeypatch):
-    """Once lost: `ssa generate` ended in a TypeError when an untrained model chose a padding row of its embedding."""
+    """Regression: lost: `ssa generate` ended in a TypeError when an untrained model chose a padding row of its embedding."""
     model, tokenizer = opened
     padding = model.config.vocab_size - 1
     assert tokenizer.convert_ids_to_tokens(padding) is None

@@ -96,7 +96,7 @@ def test_a_running_job_shows_step_loss_speed_goodput_time_left_checkpoint_and_re
 
 
 def test_a_clock_that_is_behind_and_a_checkpoint_pruned_meanwhile_show_no_nonsense(run, monkeypatch):
-    """Once `8, -3600 s ago`, and a traceback."""
+    """Regression: `8, -3600 s ago`, and a traceback."""
     newest = run / "checkpoints" / "step-00000008"
     os.utime(newest, (time.time() + 3600,) * 2)
     assert Watcher(run).look().checkpoint_age == 0
@@ -179,7 +179,7 @@ def test_a_run_that_cannot_be_read_hides_no_other(run, capsys):
 
 
 def test_what_others_left_in_a_run_folder_is_no_reason_to_show_nothing(run, capsys):
-    """Once a KeyError, a ValueError: half-written and foreign files beside the run's own."""
+    """Regression: a KeyError, a ValueError: half-written and foreign files beside the run's own."""
     beats.write(run, sign(0))
     (run / "heartbeats" / "rank-00001.json").write_text('{"beat": 1}')
     (run / "heartbeats" / "rank-00002.json").write_text(json.dumps(sign(2))[:-20])
@@ -199,7 +199,7 @@ def test_what_others_left_in_a_run_folder_is_no_reason_to_show_nothing(run, caps
 
 
 def test_a_sweeps_runs_are_found_by_its_folder_and_by_the_arrays_number_or_one_tasks(run):
-    """Once lost: squeue and cluster/submit say 4711 and 4711_2, the tasks know themselves by other numbers."""
+    """Regression: lost: squeue and cluster/submit say 4711 and 4711_2, the tasks know themselves by other numbers."""
     sweep = run.parent / "sweep"
     for task in (0, 2, 10):
         (sweep / str(task)).mkdir(parents=True)
@@ -306,14 +306,14 @@ def test_prometheus_text_escapes_names_and_spells_what_is_no_number():
 
 
 def test_two_runs_of_one_name_are_two_series_with_one_help():
-    """Once a scrape that failed as a whole: node_exporter refuses equal series, and one name with two HELP texts."""
+    """Regression: a scrape that failed as a whole: node_exporter refuses equal series, and one name with two HELP texts."""
     first, second = (exposition.text(Path(folder) / "run", {"loss": 1.0}).splitlines() for folder in ("/a", "/b"))
     assert first[:2] == second[:2]
     assert first[2] != second[2]
 
 
 def test_an_evaluation_s_figures_are_not_gone_with_the_next_step():
-    """Once lost: the file is written every 15 s, from whichever line was the newest then."""
+    """Regression: lost: the file is written every 15 s, from whichever line was the newest then."""
     beat = Heartbeat.__new__(Heartbeat)
     beat._values = None
     for line in ({"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.0, "eval/loss": 2.5}, {"step": 3, "loss": 1.5}):

@@ -45,7 +45,7 @@ def test_the_four_signals_of_schedulers_and_people_are_handled():
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGUSR2"])
 def test_torchrun_and_slurm_may_repeat_a_signal_without_cutting_the_checkpoint_short(name):
-    """Once lost: `scancel --full` signals the batch shell, which forwards to srun, which signals ranks that had it already."""
+    """Regression: lost: `scancel --full` signals the batch shell, which forwards to srun, which signals the ranks again."""
     ended = several(name, "0", name, "1.2", name, "0.1")
     assert (ended.stdout, ended.returncode) == (f"{name}\n" * 3, 0)
 
@@ -127,7 +127,7 @@ def test_only_a_wait_that_says_so_is_interrupted_also_by_the_request_of_another_
 
 
 def test_sigterm_during_training_ends_with_a_committed_checkpoint_of_the_last_step_and_exit_code_75(dataset, tmp_path):
-    """Once lost: the argument parser returned 75, the process ended with 0, and no scheduler started the job again."""
+    """Regression: lost: the argument parser returned 75, the process ended with 0, and no scheduler started the job again."""
     recipe = recipe_file(tmp_path, dataset, train__steps=100_000, checkpoint__interval=100_000)
     run = tmp_path / "run"
     process = start(1, "ssa_megatron", "train", str(recipe), "--run-folder", str(run))
