@@ -13,13 +13,14 @@ from pathlib import Path
 
 import matplotlib
 import pytest
+import torch
 import typer
 
 from ssa_megatron.cli import app
 from ssa_megatron.config import load_recipe
-from ssa_megatron.config.variants import KINDS
-from ssa_megatron.model.kinds import kind_of
+from ssa_megatron.config.variants import KINDS, OPTIMIZERS
 from ssa_megatron.model.kinds.base import AttentionKind
+from ssa_megatron.optim.base import OptimizerKind
 from ssa_megatron.planning import hardware, search
 from tests import launch
 
@@ -155,17 +156,31 @@ def test_every_function_of_the_tour_exists():
                 assert re.search(rf"(?:class|def) {part}\b", text) or "StepRunner" in name, f"{name} in: {place}"
 
 
-def test_the_attention_kind_of_contributing_is_complete():
-    """The example registers, a recipe may name it, and it can be planned, with a gate per stream."""
-    example = (ROOT / "CONTRIBUTING.md").read_text().split("```python\n@KINDS")[1].split("```")[0]
+@pytest.mark.parametrize(
+    ("registry", "name", "override"),
+    [(KINDS, "mixed", "attention.kind=mixed"), (OPTIMIZERS, "momentum", "optimizer.kind=momentum")],
+    ids=["attention kind", "optimizer"],
+)
+def test_the_variants_of_contributing_are_complete(registry, name, override):
+    """The examples register, a recipe may name them, and they can be planned."""
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL | re.MULTILINE)
+    example = next(block for block in blocks if f'register("{name}")' in block)
+    names = {"KINDS": KINDS, "AttentionKind": AttentionKind, "OPTIMIZERS": OPTIMIZERS, "OptimizerKind": OptimizerKind}
     try:
-        exec("@KINDS" + example, {"KINDS": KINDS, "AttentionKind": AttentionKind})
-        recipe = load_recipe("demo", ["attention.kind=mixed"])
-        assert kind_of(recipe).gates == 2
+        exec(example, {**names, "torch": torch})
+        recipe = load_recipe("demo", [override])
         plan = search.evaluate(recipe, 1, hardware.find("h100"))
         assert plan.stages[0].phases
+        if registry is OPTIMIZERS:
+            weight = torch.nn.Parameter(torch.ones(2, 2))
+            optimizer = registry[name](recipe.optimizer).build([weight], fused=False)
+            weight.grad = torch.ones(2, 2)
+            optimizer.step()
+            assert "momentum_buffer" in optimizer.state[weight]
+        else:
+            assert registry[name](recipe.attention).gates == 2
     finally:
-        KINDS.unregister("mixed")
+        registry.unregister(name)
 
 
 def test_every_page_that_the_code_cites_has_the_section():
