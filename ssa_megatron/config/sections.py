@@ -10,7 +10,7 @@ from typing import Literal, LiteralString, get_args
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from ssa_megatron.config.variants import KindName, OptimizerName
+from ssa_megatron.config.variants import SCHEDULES, KindName, LoggerName, OptimizerName, ScheduleName
 
 
 def _broken(id: LiteralString, problem: str) -> PydanticCustomError:
@@ -217,8 +217,11 @@ class Optimizer(Section):
 class Schedule(Section):
     """The learning rate over optimizer steps."""
 
-    kind: Literal["cosine", "wsd", "constant"] = "cosine"
-    """`wsd`: warm up, stay, decay linearly over the last `decay_fraction` of the steps."""
+    kind: ScheduleName = Field(
+        "cosine", validate_default=False
+    )  # else importing this module would import the schedules
+    """All warm up first. `cosine`: half a cosine; `wsd`: stay, then decay linearly over the last `decay_fraction` of the steps;
+    `constant`: stay."""
     warmup_fraction: float = Field(0.01, ge=0, le=1)
     """Share of train.steps spent rising linearly from 0 to the peak."""
     decay_fraction: float = Field(0.2, ge=0, le=1)
@@ -269,6 +272,14 @@ class Logging(Section):
     tensorboard: bool = True
     wandb: str | None = Field(None, min_length=1)
     """Weights & Biases project, when `wandb` is installed; a run stays one run over all its starts."""
+    loggers: dict[LoggerName, str] = {}
+    """Loggers beyond the two above, by name, with the argument each takes."""
+
+    @model_validator(mode="after")
+    def _consistent(self):
+        for name in self.loggers.keys() & type(self).model_fields.keys():
+            raise _broken("logger-has-a-field", f"loggers: {name} is switched on by logging.{name}")
+        return self
 
 
 class Watchdog(Section):
@@ -323,4 +334,6 @@ class Recipe(Section):
                 f"train.sequence_length={train.sequence_length} is longer than "
                 f"model.max_sequence_length={self.model.max_sequence_length}",
             )
+        if broken := SCHEDULES[self.schedule.kind].broken_rule(self):
+            raise _broken(*broken)
         return self

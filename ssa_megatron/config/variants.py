@@ -10,11 +10,15 @@ from ssa_megatron.registry import Registry
 if TYPE_CHECKING:
     from ssa_megatron.model.kinds.base import AttentionKind
     from ssa_megatron.optim.base import OptimizerKind
+    from ssa_megatron.train.loggers import Logger
+    from ssa_megatron.train.schedules import LearningRate
 
 KINDS: "Registry[type[AttentionKind]]" = Registry(
     "attention.kind", "ssa_megatron.model.kinds", helpers=("base", "streams")
 )
 OPTIMIZERS: "Registry[type[OptimizerKind]]" = Registry("optimizer.kind", "ssa_megatron.optim")
+SCHEDULES: "Registry[type[LearningRate]]" = Registry("schedule.kind", "ssa_megatron.train.schedules")
+LOGGERS: "Registry[type[Logger]]" = Registry("logging.loggers", "ssa_megatron.train.loggers")
 
 
 def _known(registry: Registry) -> AfterValidator:
@@ -29,3 +33,5 @@ def _known(registry: Registry) -> AfterValidator:
 
 KindName = Annotated[str, _known(KINDS)]
 OptimizerName = Annotated[str, _known(OPTIMIZERS)]
+ScheduleName = Annotated[str, _known(SCHEDULES)]
+LoggerName = Annotated[str, _known(LOGGERS)]

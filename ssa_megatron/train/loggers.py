@@ -1,38 +1,59 @@
-"""Where figures are drawn beside metrics.jsonl: TensorBoard's event files, and Weights & Biases where somebody asks for it.
+"""Loggers: copies of metrics.jsonl for TensorBoard, Weights & Biases and others; one class per logger.
 
-Both go on after a restart as one curve. They are copies: a logger that breaks is switched off, with a sentence, and training
-goes on.
+A restart continues the same curves. A logger that raises while it logs is switched off with a message, and training goes on:
+metrics.jsonl is the source of record. To add a logger, add a class here; recipes switch it on in `logging.loggers`.
 """
 
 import contextlib
 import secrets
+from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Protocol
+from typing import Any, ClassVar
 
 from ssa_megatron.config import Recipe
+from ssa_megatron.config.variants import LOGGERS
 from ssa_megatron.errors import EnvironmentProblem
 from ssa_megatron.files import replace_durably
 
 
-class Logger(Protocol):
-    name: str
+class Logger(ABC):
+    """One logger of one run, on rank 0. Subclasses register themselves in `config.variants.LOGGERS`."""
 
-    def write(self, step: int, values: dict[str, float]) -> None: ...
+    title: ClassVar[str]
+    """Its name in messages: "Weights & Biases"."""
 
-    def close(self) -> None: ...
+    def __init__(self, argument: str):
+        """argument: what the recipe gives for it, such as a folder, a project or an address."""
+        self.argument = argument
+
+    @abstractmethod
+    def start(self, recipe: Recipe, run: Path, *, resume_step: int) -> None:
+        """Called once, before the first step. Steps after `resume_step` that an earlier start logged are repeated.
+
+        Raises EnvironmentProblem when the logger cannot work here.
+        """
+
+    @abstractmethod
+    def log(self, step: int, values: dict[str, float]) -> None:
+        """The figures of `step`, numbered from 1."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """The run ends, with or without an error."""
 
 
-class TensorBoard:
-    """Event files in `folder`; what an earlier start wrote after `resume_step` is purged by the reader."""
+@LOGGERS.register("tensorboard")
+class TensorBoard(Logger):
+    """Event files in folder `argument` of the run folder. Readers purge what an earlier start wrote after `resume_step`."""
 
-    name = "TensorBoard"
+    title = "TensorBoard"
 
-    def __init__(self, folder: Path, *, resume_step: int):
+    def start(self, recipe: Recipe, run: Path, *, resume_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(folder), purge_step=resume_step + 1)
+        self._writer = SummaryWriter(str(run / self.argument), purge_step=resume_step + 1)
 
-    def write(self, step: int, values: dict[str, float]) -> None:
+    def log(self, step: int, values: dict[str, float]) -> None:
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
 
@@ -40,22 +61,22 @@ class TensorBoard:
         self._writer.close()
 
 
-class WeightsAndBiases:
-    """One run of `project` for all starts, by the id in RUN/wandb-id.
+@LOGGERS.register("wandb")
+class WeightsAndBiases(Logger):
+    """One run of project `argument` for all starts, by the id in RUN/wandb-id.
 
-    Steps that run again after a crash have the figures they had (a resume is bit for bit the uninterrupted run), so that W&B,
-    which keeps the first value of a step, is right to ignore them.
+    W&B keeps the first value of a step. That is right for steps that run again after a crash: they have the same figures,
+    because a resumed run equals the uninterrupted one bit for bit.
     """
 
-    name = "Weights & Biases"
+    title = "Weights & Biases"
 
-    def __init__(self, project: str, run: Path, recipe: Recipe):
-        """Raises EnvironmentProblem when wandb is not installed, or does not let us in."""
+    def start(self, recipe: Recipe, run: Path, *, resume_step: int) -> None:
         try:
             import wandb
         except ImportError as error:
             raise EnvironmentProblem(
-                f"logging.wandb={project}, and wandb cannot be imported: {error}",
+                f"logging.wandb={self.argument}, and wandb cannot be imported: {error}",
                 remedy="pip install wandb, or logging.wandb=null",
                 id="wandb-missing",
             ) from None
@@ -64,7 +85,7 @@ class WeightsAndBiases:
             replace_durably(identity, secrets.token_hex(4) + "\n")
         try:
             self._run = wandb.init(
-                project=project,
+                project=self.argument,
                 id=identity.read_text().strip(),
                 name=run.resolve().name,
                 resume="allow",
@@ -73,12 +94,12 @@ class WeightsAndBiases:
             )
         except (wandb.errors.Error, OSError) as error:
             raise EnvironmentProblem(
-                f"logging.wandb={project}: {type(error).__name__}: {error}",
+                f"logging.wandb={self.argument}: {type(error).__name__}: {error}",
                 remedy="wandb login, or WANDB_MODE=offline and `wandb sync` later, or logging.wandb=null",
                 id="wandb-not-started",
             ) from None
 
-    def write(self, step: int, values: dict[str, float]) -> None:
+    def log(self, step: int, values: dict[str, float]) -> None:
         self._run.log(values, step=step)
 
     def close(self) -> None:
@@ -89,31 +110,35 @@ class Loggers:
     """All of a run's loggers, as one."""
 
     def __init__(self, loggers: list[Logger]):
-        self._boards = loggers
+        """loggers: already started."""
+        self._loggers = loggers
 
-    def write(self, step: int, values: dict) -> str | None:
-        """The numbers among `values`; None, or a sentence about a logger that is off from here on."""
+    def log(self, step: int, values: dict[str, Any]) -> str | None:
+        """Log the numbers among `values`. Returns None, or a message about a logger that is switched off from now on."""
         numbers = {name: value for name, value in values.items() if isinstance(value, int | float)}
         problem = None
-        for logger in list(self._boards):
+        for logger in list(self._loggers):
             try:
-                logger.write(step, numbers)
-            except Exception as error:  # other people's code, and only a copy of what metrics.jsonl has
-                self._boards.remove(logger)
-                problem = f"{logger.name} is off from here on: {type(error).__name__}: {error}"
+                logger.log(step, numbers)
+            except Exception as error:  # third-party code, and only a copy of what metrics.jsonl has
+                self._loggers.remove(logger)
+                problem = f"{logger.title} is switched off: {type(error).__name__}: {error}"
         return problem
 
     def close(self) -> None:
-        for logger in self._boards:
+        for logger in self._loggers:
             with contextlib.suppress(Exception):
                 logger.close()
 
 
 def open_loggers(recipe: Recipe, run: Path, *, resume_step: int) -> Loggers:
-    """Those that the recipe's logging section asks for."""
-    loggers: list[Logger] = []
-    if recipe.logging.tensorboard:
-        loggers.append(TensorBoard(run / "tensorboard", resume_step=resume_step))
-    if recipe.logging.wandb:
-        loggers.append(WeightsAndBiases(recipe.logging.wandb, run, recipe))
+    """Start the loggers that the recipe's logging section asks for."""
+    settings, asked = recipe.logging, {}
+    if settings.tensorboard:
+        asked["tensorboard"] = "tensorboard"
+    if settings.wandb:
+        asked["wandb"] = settings.wandb
+    loggers = [LOGGERS[name](argument) for name, argument in (asked | settings.loggers).items()]
+    for logger in loggers:
+        logger.start(recipe, run, resume_step=resume_step)
     return Loggers(loggers)

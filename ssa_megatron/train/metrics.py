@@ -1,4 +1,4 @@
-"""metrics.jsonl, the truth about a run: one line a step, each step once, also after restarts; loggers beside it.
+"""metrics.jsonl, the source of record of a run: one line per step, each step once, also after restarts; loggers get copies.
 
 Floats are written so that they read back to the same bits. Opening for a resume drops lines of steps that will run again and
 a last line torn by a kill.
@@ -23,7 +23,7 @@ class Metrics:
         replace_durably(path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = path.open("ab", buffering=0)
         self._waiting = b""
-        self._boards = loggers or Loggers([])
+        self._loggers = loggers or Loggers([])
 
     @classmethod
     def open(cls, recipe: Recipe, run: Path, resume_step: int) -> "Metrics":
@@ -34,8 +34,8 @@ class Metrics:
     def write(self, step: int, values: dict) -> str | None:
         """`values` of one step; numbers and strings. The line is in the file when this returns, or it returns why not."""
         self._waiting += json.dumps({"step": step, **values}).encode() + b"\n"
-        problem, of_boards = self._append(), self._boards.write(step, values)
-        return problem or of_boards
+        problem, of_loggers = self._append(), self._loggers.log(step, values)
+        return problem or of_loggers
 
     def _append(self) -> str | None:
         before = os.fstat(self._file.fileno()).st_size
@@ -56,7 +56,7 @@ class Metrics:
         if self._waiting:
             self._append()
         self._file.close()
-        self._boards.close()
+        self._loggers.close()
 
 
 def read_metrics(path: Path, *, skip_damaged: bool = False) -> list[dict]:

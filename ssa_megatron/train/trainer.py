@@ -24,7 +24,7 @@ from ssa_megatron.train.restarts import Attempt
 from ssa_megatron.train.resume import Progress, restore
 from ssa_megatron.train.run_folder import claim
 from ssa_megatron.train.saving import Saver
-from ssa_megatron.train.schedules import learning_rate
+from ssa_megatron.train.schedules import schedule_of
 from ssa_megatron.train.signals import StopAsked, StopRequest
 from ssa_megatron.train.step import StepResult, StepRunner
 from ssa_megatron.zero.optimizer import ShardedOptimizer
@@ -48,7 +48,7 @@ class Trainer:
         stop: already listening. profile_steps: steps to record into RUN/profile/, numbered from 1. hooks: called after the
         trainer's own. Raises the errors of `open_data`, `initialize` and `claim`.
         """
-        self.recipe, self.stop = recipe, stop
+        self.recipe, self.stop, self.schedule = recipe, stop, schedule_of(recipe)
         datasets, self.tokenizer = open_data(recipe)
         stop.meeting()
         self.parallel = initialize(recipe)
@@ -155,7 +155,7 @@ class Trainer:
     def _step(self, step: int) -> dict:
         """The optimizer step; returns the figures of its line in metrics.jsonl."""
         before = self.rows.samples_seen
-        lr = learning_rate(self.recipe, self.progress.applied_steps)
+        lr = self.schedule.lr(self.progress.applied_steps)
         self.heartbeat.phase("data", step)
         try:
             drawn = self.runner.draw(self.rows, step=step - 1, waiting=self.stop.interruptible())

@@ -14,7 +14,7 @@ from ssa_cluster.exit_codes import ending
 from ssa_megatron.checkpoint.manifest import committed
 from ssa_megatron.train.metrics import read_metrics
 from ssa_megatron.train.run_folder import RunFolder
-from ssa_megatron.train.schedules import learning_rate
+from ssa_megatron.train.schedules import schedule_of
 from tests.launch import run
 from tests.ssa_megatron.support import recipe_file, tiny
 
@@ -309,7 +309,9 @@ def test_skipped_steps_are_counted_and_do_not_advance_the_learning_rate(answers,
     assert applied[0]
     assert applied[-3:] == [False] * 3
     assert [line["skipped_steps"] for line in lines] == [applied[: i + 1].count(False) for i in range(len(lines))]
-    assert [line["lr"] for line in lines] == [learning_rate(recipe, applied[:i].count(True)) for i in range(len(lines))]
+    assert [line["lr"] for line in lines] == [
+        schedule_of(recipe).lr(applied[:i].count(True)) for i in range(len(lines))
+    ]
     first, last = (lines[-1]["step"] - 1) * 4, lines[-1]["step"] * 4 - 1
     assert (
         f"the last is step {lines[-1]['step']}, rows {first}..{last} of the stream"

@@ -13,30 +13,19 @@ from ssa_megatron.config import digest
 from ssa_megatron.config.variants import OPTIMIZERS
 from ssa_megatron.errors import CheckpointError, ConfigError
 from ssa_megatron.optim import optimizer_of
-from ssa_megatron.optim.base import OptimizerKind
 from ssa_megatron.parallel import topology
 from ssa_megatron.planning.memory import memory
 from ssa_megatron.planning.plan_page import checkpoint_bytes
 from tests.errors import raises
 from tests.launch import environment
 from tests.ssa_megatron.support import build, gradients_at_step, take_steps, tiny
-
-
-class Momentum(OptimizerKind):
-    """Gradient descent with momentum: one state tensor, no step count."""
-
-    state = ("momentum_buffer",)
-    step_count = None
-
-    def build(self, parameters, *, fused):
-        return torch.optim.SGD(self.groups(parameters), lr=self.settings.lr, momentum=self.settings.beta1)
+from tests.ssa_megatron.toys import Momentum, registered
 
 
 @pytest.fixture(autouse=True)
-def momentum():
-    OPTIMIZERS.register("momentum")(Momentum)
-    yield
-    OPTIMIZERS.unregister("momentum")
+def toys():
+    with registered():
+        yield
 
 
 def state_of(optimizer) -> list[torch.Tensor]:

@@ -9,11 +9,12 @@ import time
 import pytest
 import torch
 
-from ssa_megatron.errors import EnvironmentProblem
-from ssa_megatron.train.loggers import Loggers, TensorBoard, open_loggers
+from ssa_megatron.errors import ConfigError, EnvironmentProblem
+from ssa_megatron.train.loggers import Logger, Loggers, open_loggers
 from ssa_megatron.train.metrics import Metrics, read_metrics
 from tests.errors import raises
 from tests.ssa_megatron.support import tiny
+from tests.ssa_megatron.toys import registered
 
 
 @pytest.fixture
@@ -95,43 +96,65 @@ def scalars(logger) -> dict[str, list[tuple[int, float]]]:
 
 
 def test_tensorboard_gets_the_numbers_and_not_the_text(path, tmp_path):
-    loggers = Loggers([TensorBoard(tmp_path / "logger", resume_step=0)])
+    loggers = open_loggers(tiny(), tmp_path, resume_step=0)
     metrics = Metrics(path, resume_step=0, loggers=loggers)
     metrics.write(1, {"loss": 2.5, "note": "text"})
     metrics.write(2, {"loss": 2.25, "note": "text"})
     metrics.close()
-    assert scalars(tmp_path / "logger") == {"loss": [(1, 2.5), (2, 2.25)]}
+    assert scalars(tmp_path / "tensorboard") == {"loss": [(1, 2.5), (2, 2.25)]}
 
 
 def test_tensorboard_is_one_curve_after_a_restart_with_the_steps_that_ran_again_once(path, tmp_path):
     for resume_step, last, loss in ((0, 7, 1.0), (4, 9, 2.0), (9, 10, 3.0)):
-        loggers = Loggers([TensorBoard(tmp_path / "logger", resume_step=resume_step)])
+        loggers = open_loggers(tiny(), tmp_path, resume_step=resume_step)
         metrics = Metrics(path, resume_step=resume_step, loggers=loggers)
         for step in range(resume_step + 1, last + 1):
             metrics.write(step, {"loss": loss})
         metrics.close()
         time.sleep(1.1)  # event files are named and ordered by the second
     expected = [(step, 1.0 if step <= 4 else 2.0 if step <= 9 else 3.0) for step in range(1, 11)]
-    assert scalars(tmp_path / "logger") == {"loss": expected}
+    assert scalars(tmp_path / "tensorboard") == {"loss": expected}
 
 
-class Broken:
-    name = "a logger"
-    closed = 0
+class Broken(Logger):
+    title = "a logger"
 
-    def write(self, step, values):
+    def start(self, recipe, run, *, resume_step):
+        pass
+
+    def log(self, step, values):
         raise RuntimeError("the server is gone")
 
     def close(self):
-        self.closed += 1
+        pass
 
 
-def test_a_board_that_breaks_is_switched_off_with_a_sentence_and_no_line_is_lost(path):
-    metrics = Metrics(path, resume_step=0, loggers=Loggers([Broken()]))
+def test_a_logger_that_raises_is_switched_off_with_a_message_and_no_line_is_lost(path):
+    metrics = Metrics(path, resume_step=0, loggers=Loggers([Broken("")]))
     said = [metrics.write(step, {"loss": 1.0}) for step in (1, 2)]
     metrics.close()
-    assert said == ["a logger is off from here on: RuntimeError: the server is gone", None]
+    assert said == ["a logger is switched off: RuntimeError: the server is gone", None]
     assert steps(path) == [1, 2]
+
+
+def test_a_new_logger_gets_its_argument_and_every_step(tmp_path):
+    with registered():
+        recipe = tiny(logging__loggers={"recorder": "lines"}, logging__tensorboard=False)
+        loggers = open_loggers(recipe, tmp_path, resume_step=4)
+        assert loggers.log(5, {"loss": 2.5, "lr": 0.5, "note": "text"}) is None
+        loggers.close()
+    lines = (tmp_path / "lines").read_text().splitlines()
+    assert lines == ["start after 4", f"step 5 loss {(2.5).hex()} lr {(0.5).hex()}", "closed"]
+
+
+def test_an_unknown_logger_is_refused_where_the_recipe_is_read():
+    with raises(ConfigError, "unknown-variant-name", "logging.loggers", "tensorboard, wandb"):
+        tiny(logging__loggers={"recorder": "lines"})
+
+
+def test_a_logger_with_a_field_of_its_own_is_not_named_a_second_time():
+    with raises(ConfigError, "logger-has-a-field", "logging.wandb"):
+        tiny(logging__loggers={"wandb": "mine"})
 
 
 def test_weights_and_biases_that_is_not_installed_is_refused_with_the_remedy(tmp_path, monkeypatch):
@@ -149,7 +172,7 @@ def test_weights_and_biases_goes_on_as_the_same_run(tmp_path, monkeypatch):
         time.sleep(1.1 * (resume_step > 0))  # its folders are named by the second
         loggers = open_loggers(recipe, tmp_path, resume_step=resume_step)
         ids.append(wandb.run.id)
-        assert loggers.write(resume_step + 1, {"loss": 1.0, "note": "text"}) is None
+        assert loggers.log(resume_step + 1, {"loss": 1.0, "note": "text"}) is None
         loggers.close()
     assert ids[0] == ids[1] == (tmp_path / "wandb-id").read_text().strip()
     assert len(list((tmp_path / "wandb").glob(f"offline-run-*-{ids[0]}"))) == 2
