@@ -10,6 +10,7 @@ import torch
 from ssa_megatron.checkpoint.reader import Checkpoint
 from ssa_megatron.hf.export import export
 from tests.oracle import model as oracle
+from tests.ssa_megatron.conftest import corpus, tokenizer  # noqa: F401 (fixtures: 400 pieces, where hf has 697)
 from tests.ssa_megatron.hf.conftest import oracle_config, write_run
 from tests.ssa_megatron.support import tiny
 
@@ -62,7 +63,7 @@ class Trainer:
 
 
 @pytest.fixture(scope="module")
-def pair(alone, tokenizer, tmp_path_factory):
+def pair(alone, tokenizer, tmp_path_factory):  # noqa: F811
     """(kind, tied) -> (Trainer, the exported model), made once."""
     from transformers import AutoModelForCausalLM
 
@@ -124,7 +125,7 @@ def test_64_greedy_tokens_are_the_trainers_with_and_without_a_cache(pair, kind):
 
 
 @pytest.mark.slow
-def test_the_files_are_the_same_whatever_topology_wrote_the_checkpoint(tmp_path, tokenizer):
+def test_the_files_are_the_same_whatever_topology_wrote_the_checkpoint(tmp_path, tokenizer):  # noqa: F811
     """Weights loaded, and saved again, at six places, are exported as the same bytes, model card and parity report included."""
     from tests.launch import run as launch
     from tests.workers.topology_export import PLACES
