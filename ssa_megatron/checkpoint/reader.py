@@ -177,7 +177,7 @@ class Checkpoint:
         sha = hashlib.sha256()
         for name in sorted(self.names()):
             for kind in kinds or ("master", *sorted(self.content.tensors[name].keys() - {"master", "weight"})):
-                sha.update(self.tensor(name, kind).contiguous().view(torch.uint8).numpy())
+                sha.update(self.tensor(name, kind).contiguous().view(torch.uint8).numpy().data)
         return sha.hexdigest()
 
     def _entry(self, name: str, kind: str) -> dict:
@@ -224,7 +224,7 @@ def newest_valid(run: Path, parallel: ParallelState) -> tuple[Checkpoint | None,
     The ranks share the hashing. Raises CheckpointError when checkpoints exist and none of them verifies: starting from
     scratch is a decision for a person.
     """
-    rejected = []
+    rejected: list[str] = []
     for name in parallel.broadcast_object([path.name for path in committed(run)] if parallel.is_rank0 else None):
         problem, checkpoint = None, None
         try:
@@ -251,7 +251,7 @@ def load_into(checkpoint: Checkpoint, optimizer: ShardedOptimizer, *, applied_st
 
     From an initial checkpoint only masters are read; the optimizer's state stays zero.
     """
-    stored = []
+    stored: list[list[tuple[str, slice, int]]] = []
     kinds = ("master",) if checkpoint.content.is_start else ("master", *optimizer.kind.state)
     for fragment in optimizer.fragments():
         stored.append([])

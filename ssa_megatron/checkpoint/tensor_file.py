@@ -28,12 +28,14 @@ class HostCopies:
     """
 
     def __init__(self, ready: torch.cuda.Event | None = None):
-        self._ready, self._stream, self._buffer = ready, None, None
+        self._ready = ready
+        self._stream: torch.cuda.Stream | None = None
+        self._buffer = torch.empty(0, dtype=torch.uint8)
 
     def chunks(self, tensor: Tensor) -> Iterator[memoryview]:
         """The bytes of a 1-d contiguous tensor; a chunk is valid until the next one is asked for."""
         for part in tensor.detach().view(torch.uint8).split(CHUNK_BYTES):
-            yield memoryview((self._copy(part) if part.is_cuda else part).numpy())
+            yield (self._copy(part) if part.is_cuda else part).numpy().data
 
     def _copy(self, part: Tensor) -> Tensor:
         if self._stream is None:

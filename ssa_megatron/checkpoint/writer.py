@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -83,7 +84,7 @@ class PendingCheckpoint:
         shares = parallel.gather_object(share) if error is None else []
         if parallel.is_rank0 and error is None:
             try:
-                about = {
+                about: dict[str, Any] = {
                     **self._about,
                     "recipe": self._recipe.model_dump(mode="json"),
                     "recipe_digest": digest(self._recipe),
@@ -166,7 +167,9 @@ def _files(pieces: list[tuple[Tensor, dict]]) -> Iterator[tuple[dict[str, Tensor
     """(key -> tensor, key -> description) of each file: of bounded size, so that there is one for every thread and none waits
     long for another; larger pieces are cut."""
     bound = min(max(sum(tensor.nbytes for tensor, _ in pieces) // THREADS, SMALLEST_FILE), LARGEST_FILE)
-    tensors, descriptions, size, number = {}, {}, 0, 0
+    tensors: dict[str, Tensor] = {}
+    descriptions: dict[str, dict] = {}
+    size, number = 0, 0
     for tensor, about in pieces:
         first = about["range"][0]
         for part in tensor.split(bound // tensor.element_size()):

@@ -5,6 +5,8 @@ Fusions that need Apex or TransformerEngine are off; nothing here depends on the
 """
 
 import hashlib
+from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
@@ -49,7 +51,7 @@ class SSAModel(torch.nn.Module):
 
     def __init__(self, chunks: list[SSAChunk]):
         super().__init__()
-        self.chunks = torch.nn.ModuleList(chunks)
+        self.chunks = cast("Sequence[SSAChunk]", torch.nn.ModuleList(chunks))
 
     def forward(self, *args, **kwargs) -> Tensor:
         """The whole model's forward, where one chunk is the whole model."""
@@ -94,11 +96,11 @@ def build_chunks(recipe: Recipe, parallel: ParallelState) -> SSAModel:
 def transformer_config(recipe: Recipe) -> TransformerConfig:
     m, p = recipe.model, recipe.parallel
     dtype = torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
-    recompute = {
+    modes: dict[str, dict[str, Any]] = {
         "none": {},
         "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
         "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
-    }[recipe.train.recompute]
+    }
     return TransformerConfig(
         num_layers=m.num_layers,
         hidden_size=m.hidden_size,
@@ -131,7 +133,7 @@ def transformer_config(recipe: Recipe) -> TransformerConfig:
         persist_layer_norm=False,
         batch_p2p_comm=False,  # True is silently wrong with interleaved pipelines
         overlap_p2p_comm=p.virtual_pipeline > 1,  # chunks send and receive while others compute
-        **recompute,
+        **modes[recipe.train.recompute],
     )
 
 
@@ -166,13 +168,14 @@ def layer_spec(recipe: Recipe, layers: int) -> TransformerBlockSubmodules:
 def initialize_weights(model: SSAModel, recipe: Recipe, parallel: ParallelState) -> None:
     """Norms at 1, matrices N(0, init_std), padding rows at 0; the same numbers for every topology."""
     for named in named_parameters(model, recipe, parallel):
+        parameter: Any = named.parameter
         # megatron-core sets this only where it initializes; without it the gradient norm counts one rank's share of a matrix
-        named.parameter.tensor_model_parallel = not named.replicated
-        named.parameter.ds_pipe_replicated = named.tied_copy  # and without this it counts a tied embedding twice
-        if named.parameter.dim() == 1:
-            named.parameter.fill_(1.0)
+        parameter.tensor_model_parallel = not named.replicated
+        parameter.ds_pipe_replicated = named.tied_copy  # without this it counts a tied embedding twice
+        if parameter.dim() == 1:
+            parameter.fill_(1.0)
             continue
-        flat = named.parameter.zero_().view(-1)
+        flat = parameter.zero_().view(-1)
         drawn: dict[str, Tensor] = {}  # a fused parameter has several slabs of one tensor
         for slab in named.slabs:
             if slab.name not in drawn:

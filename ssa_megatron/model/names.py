@@ -9,6 +9,7 @@ the vocabulary belong to no slab.
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torch import nn
 
@@ -16,6 +17,9 @@ from ssa_megatron.config import Recipe
 from ssa_megatron.model.kinds import kind_of
 from ssa_megatron.model.shapes import global_shapes, padded_vocab_size
 from ssa_megatron.parallel.state import ParallelState
+
+if TYPE_CHECKING:
+    from ssa_megatron.model.build import SSAModel
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,7 @@ class NamedParameter:
     """This is the last stage's."""
 
 
-def named_parameters(model: nn.Module, recipe: Recipe, parallel: ParallelState) -> Iterator[NamedParameter]:
+def named_parameters(model: "SSAModel", recipe: Recipe, parallel: ParallelState) -> Iterator[NamedParameter]:
     """Every parameter of this rank's model with its slabs, in the model's own (deterministic) order."""
     spread = recipe.model.tied_embeddings and parallel.pp_size > 1
     for chunk in model.chunks:

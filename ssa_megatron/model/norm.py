@@ -1,7 +1,7 @@
 """RMSNorm for every precision and for sequence parallelism, which the stock torch-only norm of megatron-core refuses.
 
-Statistics are fp32. Under sequence parallelism each rank sees its own tokens only, so the weight is marked and its gradient
-summed over the tensor-parallel ranks before the optimizer's step.
+Statistics are fp32. Under sequence parallelism each rank sees its own tokens only, so the optimizer sums the weight's gradient
+over the tensor-parallel ranks before its step.
 """
 
 import torch
@@ -15,7 +15,6 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
-        self.weight.sequence_parallel = config.sequence_parallel
 
     def forward(self, x: Tensor) -> Tensor:
         wide = x.float()

@@ -13,7 +13,7 @@ from ssa_megatron.model.kinds import kind_of
 def global_shapes(recipe: Recipe) -> dict[str, tuple[int, ...]]:
     """Every global name of the recipe's model with its shape, in model order."""
     m = recipe.model
-    shapes = {"model.embed_tokens.weight": (m.vocab_size, m.hidden_size)}
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (m.vocab_size, m.hidden_size)}
     for i in range(m.num_layers):
         layer = f"model.layers.{i}."
         shapes[layer + "input_layernorm.weight"] = (m.hidden_size,)

@@ -103,13 +103,14 @@ def ledger_of_step(run: Path, step: int) -> Iterator[dict]:
 
 
 def _sources(recipe: Recipe) -> str | dict[str, str]:
-    if recipe.data.path is None and not recipe.data.sources:
+    found = recipe.data.sources or recipe.data.path
+    if found is None:
         raise ConfigError(
             "data.path is not given",
             remedy="data.path=FOLDER, a folder written by `ssa data prepare`, or data.sources",
             id="no-dataset",
         )
-    return recipe.data.sources or recipe.data.path
+    return found
 
 
 def _check_evaluation(recipe: Recipe, infos: dict[str, ssa_pipelines.DatasetInfo]) -> None:

@@ -37,7 +37,8 @@ class Heartbeat:
         self._spokesmen = sorted({0, last} - {parallel.rank})
         self._phase, self._step, self._marks, self._since = "build", 0, 0, time.monotonic()
         self._first = 0
-        self._beats, self._verdict = 0, None
+        self._beats = 0
+        self._verdict: str | None = None
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._work, name="heartbeat", daemon=True)
         self.exit_code: int | None = None
@@ -168,7 +169,7 @@ def _of_rank(beat: dict) -> str:
 
 def _whereabouts() -> tuple[str, bool]:
     """Innermost line of ours that the main thread is in, and whether it waits for other ranks."""
-    frame, ours, waits = sys._current_frames().get(threading.main_thread().ident), None, False
+    frame, ours, waits = sys._current_frames().get(threading.main_thread().ident or 0), None, False
     while frame is not None:
         path = frame.f_code.co_filename
         waits = waits or "torch/distributed" in path

@@ -42,7 +42,8 @@ class Start:
 
 def read_starts(run: Path) -> list[Start]:
     """Every start of a run, in order; a line torn by a kill is left out. Of the last one `reached` is what metrics.jsonl says."""
-    path, starts = run / "starts.jsonl", []
+    path = run / "starts.jsonl"
+    starts: list[Start] = []
     for text in path.read_text(errors="replace").splitlines() if path.exists() else ():
         try:
             line = json.loads(text)

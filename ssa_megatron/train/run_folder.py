@@ -14,7 +14,7 @@ import sys
 import time
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 import yaml
 
@@ -34,7 +34,7 @@ class RunFolder:
 
     def __init__(self, path: Path):
         self.path = path
-        self._lock = None
+        self._lock: TextIO | None = None
 
     def lock(self) -> None:
         """Take ownership, or raise RunFolderError naming the owner."""
@@ -144,7 +144,7 @@ def _environment(parallel: "ParallelState") -> dict:
     from ssa_megatron.parallel.device import gpu_name
 
     packages = ("torch", "triton", "megatron-core", "deepspeed", "mosaicml-streaming", "sentencepiece", "transformers")
-    versions = {}
+    versions: dict[str, str | None] = {}
     for name in packages:
         try:
             versions[name] = metadata.version(name)

@@ -54,14 +54,15 @@ class StopRequest:
         self._stage = "meeting"
 
     def met(self) -> None:
-        """The processes have met: from here on the ranks agree (ParallelState.most) before any of them ends."""
+        """The processes have met: from here on the ranks agree (`ParallelState.all_reduce_max`) before any of them ends."""
         self._stage = "met"
 
     def ask(self, reason: str) -> None:
         """Note a request; the first one is the reason. From any thread: a main thread that waits for data is woken."""
         self.reason = self.reason or reason
-        if self._interruptible and threading.current_thread() is not threading.main_thread():
-            signal.pthread_kill(threading.main_thread().ident, signal.SIGUSR2)
+        main = threading.main_thread()
+        if self._interruptible and threading.current_thread() is not main and main.ident is not None:
+            signal.pthread_kill(main.ident, signal.SIGUSR2)
 
     @contextlib.contextmanager
     def interruptible(self) -> Iterator[None]:

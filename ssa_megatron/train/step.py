@@ -5,10 +5,11 @@ because it reports a phase and finishes a checkpoint between them.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from ssa_megatron.config import Recipe
 from ssa_megatron.model.batch import Collector, ForwardContext, SSABatch
-from ssa_megatron.model.build import SSAChunk, SSAModel
+from ssa_megatron.model.build import SSAModel
 from ssa_megatron.model.kinds import kind_of
 from ssa_megatron.model.trunk import draw_trunk
 from ssa_megatron.parallel.state import ParallelState
@@ -143,11 +144,11 @@ def forward_backward(
     *,
     forward_only: bool = False,
     wants_statistics: bool = False,
-    engine: torch.nn.Module | None = None,
+    engine: Any = None,
 ) -> Pass:
     """Run Megatron's schedule over the micro-batches; gradients accumulate unless `forward_only`.
 
-    engine: under ZeRO-2 and 3 DeepSpeed partitions gradients during backward, so every pass goes through it instead.
+    engine: DeepSpeed's; under ZeRO-2 and 3 DeepSpeed partitions gradients during backward, so every pass goes through it instead.
     """
     batches = drawn.batches
     objective = Objective(recipe, parallel, len(batches), drawn.counted)
@@ -159,7 +160,7 @@ def forward_backward(
         sums.append(total.detach())
         return total * objective.cross_entropy_scale, {}
 
-    def forward(source: Iterator[tuple[SSABatch, Collector]], chunk: SSAChunk):
+    def forward(source: Iterator[tuple[SSABatch, Collector]], chunk: Callable[..., Tensor]):
         batch, collector = next(source)
         scale = 0.0 if forward_only else objective.alignment_scale
         context = ForwardContext.begin(batch, recipe, alignment_scale=scale, collector=collector)

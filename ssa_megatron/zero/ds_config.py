@@ -5,6 +5,8 @@ The bf16 keys select fp32 gradient accumulation and fp32 reduction; without `com
 gradients would be rounded to bf16 on their way through the all-reduce, silently. What may overlap does: see `overlaps`.
 """
 
+from typing import Any
+
 from ssa_megatron.config import Recipe
 
 
@@ -22,7 +24,7 @@ def overlaps(recipe: Recipe) -> bool:
 def deepspeed_config(recipe: Recipe) -> dict:
     """The JSON that `ds_config.json` of the run folder shows."""
     bucket = recipe.zero.reduce_bucket_mb * 2**20 // 4
-    config = {
+    config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": recipe.train.micro_batch_rows,
         "gradient_accumulation_steps": 1,
         "managed_gradient_accumulation": False,

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ssa_megatron.config import Recipe
+from ssa_megatron.model.build import SSAModel
 from ssa_megatron.model.names import named_parameters
 from ssa_megatron.optim import optimizer_of
 from ssa_megatron.parallel.device import fused_optimizer
@@ -29,7 +30,7 @@ from ssa_megatron.zero.shards import Fragment, PartitionedWeights, SharedWeights
 class ShardedOptimizer:
     """An optimizer under ZeRO for one model on this rank; `kind` describes its state."""
 
-    def __init__(self, model: torch.nn.Module, recipe: Recipe, parallel: ParallelState):
+    def __init__(self, model: SSAModel, recipe: Recipe, parallel: ParallelState):
         import deepspeed
 
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
@@ -77,7 +78,7 @@ class ShardedOptimizer:
                 dist.all_reduce(self.gradient(named.parameter), group=self.parallel.embedding_group)
 
     def _sequence_parallel_parameters(self) -> list[torch.nn.Parameter]:
-        return [n.parameter for n in self.named if getattr(n.parameter, "sequence_parallel", False)]
+        return [named.parameter for named in self.named if named.replicated] if self.recipe.parallel.sequence else []
 
     def _sum_over_tensor_ranks(self, gradient: Tensor) -> Tensor:
         total = gradient.float()  # a copy under bf16; a gradient given to a hook must not be changed

@@ -8,6 +8,7 @@ views and call no collective to do so. These attributes are not DeepSpeed's publ
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -94,7 +95,7 @@ class SharedWeights(Shards):
 
     def fragments(self) -> Iterator[Fragment]:
         for named in self._named:
-            mapping = named.parameter._hp_mapping
+            mapping = named.parameter._hp_mapping  # type: ignore[attr-defined]  # DeepSpeed's
             if mapping is None:  # no element of this parameter lies in this rank's partition
                 continue
             flat = self.flats()[mapping.param_group_index]
@@ -125,7 +126,7 @@ class PartitionedWeights(Shards):
 
     def fragments(self) -> Iterator[Fragment]:
         for named in self._named:
-            parameter = named.parameter
+            parameter: Any = named.parameter  # with DeepSpeed's attributes
             group, at, padded = self._optimizer.grad_position[self._optimizer.get_param_id(parameter)]
             start = padded * self._optimizer._get_param_partition_rank(parameter)
             numel = min(padded, parameter.ds_numel - start)

@@ -46,7 +46,7 @@ def fp64_sums(recipe, parallel, count: int, counted: float) -> list[torch.Tensor
         forward_backward(model, Drawn([batch], counted), alone, parallel)
         for total, parameter in zip(sums, model.parameters(), strict=True):
             gradient = parameter.grad.double()
-            if getattr(parameter, "sequence_parallel", False):  # each tensor-parallel rank saw its own tokens
+            if recipe.parallel.sequence and parameter.dim() == 1:  # norms: each tensor-parallel rank saw its own tokens
                 dist.all_reduce(gradient, group=parallel.tp_group)
                 if (
                     recipe.zero.stage > 1

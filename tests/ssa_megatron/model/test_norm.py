@@ -1,4 +1,4 @@
-"""RMSNorm: against fp64, in both precisions, and marked for sequence parallelism."""
+"""RMSNorm: against fp64, in both precisions."""
 
 from types import SimpleNamespace
 
@@ -8,8 +8,8 @@ import torch
 from ssa_megatron.model.norm import RMSNorm
 
 
-def norm(width: int, dtype=torch.float32, sequence=False, **options) -> RMSNorm:
-    made = RMSNorm(SimpleNamespace(params_dtype=dtype, sequence_parallel=sequence), width, **options)
+def norm(width: int, dtype=torch.float32, **options) -> RMSNorm:
+    made = RMSNorm(SimpleNamespace(params_dtype=dtype), width, **options)
     weight = torch.linspace(0.5, 1.5, width).to(dtype)
     made.weight.data.copy_(weight)
     return made
@@ -47,8 +47,3 @@ def test_bf16_computes_its_statistics_in_fp32_and_rounds_once():
 
 def test_a_row_of_zeros_stays_zero():
     assert torch.equal(norm(8)(torch.zeros(2, 8)), torch.zeros(2, 8))
-
-
-@pytest.mark.parametrize("sequence", [False, True])
-def test_the_weight_says_whether_its_gradient_owes_a_sum_over_tensor_parallel_ranks(sequence):
-    assert norm(8, sequence=sequence).weight.sequence_parallel is sequence
