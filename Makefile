@@ -35,7 +35,7 @@ test-transformers: setup  ## the Hugging Face side on the newest transformers 5,
 	@find='import site; print(site.getsitepackages()[0])'; \
 	echo "import site; site.addsitedir('$$($(BIN)/python -c "$$find")')" > "$$(.venv-transformers/bin/python -c "$$find")/training.pth"
 	.venv-transformers/bin/python -m pip install --disable-pip-version-check --quiet "transformers>=5" accelerate
-	.venv-transformers/bin/python -m pytest tests/hf
+	.venv-transformers/bin/python -m pytest tests/ssa_megatron/hf
 
 test-streaming-community: setup  ## the data pipeline on streaming-community 0.14.2 in mosaicml-streaming's place, slow tests too
 	$(BIN)/python -m venv --clear .venv-streaming

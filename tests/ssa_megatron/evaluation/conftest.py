@@ -1,4 +1,4 @@
-"""The tiny run and its export of tests/hf, and a text to evaluate them on."""
+"""The tiny run of tests/ssa_megatron/hf, its export, and a text to evaluate them on."""
 
 import pytest
 

@@ -46,7 +46,7 @@ def tiny_recipe(kind: str = "ssa", *, tied: bool = True, **model):
             "attention": {"kind": kind, "block_count": 3},
             "train": {"steps": 9, "sequence_length": 128, "global_batch_rows": 1, "micro_batch_rows": 1},
         },
-        origin="tests/hf",
+        origin="tests/ssa_megatron/hf",
     )
 
 
