@@ -16,7 +16,7 @@ from ssa_megatron.config import Recipe, load_recipe
 from ssa_megatron.errors import EXIT_HUNG, EXIT_REQUEUE, RunFolderError
 from ssa_megatron.planning.hardware import TABLE
 from ssa_megatron.planning.step_time import flops_per_token
-from ssa_megatron.train import heartbeat_file as beats
+from ssa_megatron.train import heartbeat_file
 from ssa_megatron.train.restarts import Start, read_starts
 
 RECENT = 50  # steps that speed and the time left are taken from
@@ -65,7 +65,7 @@ class Watcher:
     def look(self) -> State:
         recipe = load_recipe(str(self.run / "config.yaml"))
         self._read_metrics()
-        now, signs = time.time(), beats.read_all(self.run)
+        now, signs = time.time(), heartbeat_file.read_all(self.run)
         starts = self._read_starts()
         state, alive = _state(recipe, signs, now)
         last = self._lines[-1] if self._lines else {}

@@ -13,8 +13,7 @@ from pathlib import Path
 
 from ssa_megatron.errors import RunFolderError, SSAError
 from ssa_megatron.status.state import State, Watcher, duration
-from ssa_megatron.train import heartbeat_file as beats
-from ssa_megatron.train import profile_request as requests
+from ssa_megatron.train import heartbeat_file, profile_request
 from ssa_megatron.train.restarts import read_starts
 
 HEAD = ("run", "state", "step", "loss", "held out", "tok/s", "MFU", "goodput", "left", "checkpoint", "restarts")
@@ -117,7 +116,7 @@ def every_rank(run: Path) -> str:
     """Where each rank is, by its last sign of life."""
     now = time.time()
     lines = [("rank", "host", "pid", "last sign", "step", "phase", "since", "at")]
-    for beat in beats.read_all(run):
+    for beat in heartbeat_file.read_all(run):
         age = "" if beat["exit"] is not None else f"{max(0.0, now - beat['time']):.0f} s ago"
         phase = beat["phase"] if beat["exit"] is None else f"exit code {beat['exit']}"
         where = (
@@ -150,5 +149,5 @@ def ask_for_profile(run: Path, steps: range) -> str:
             remedy=f"ssa train ... --profile {steps[0]}:{steps[-1]} records from a start on",
             id="nothing-runs",
         )
-    where = requests.place(run, steps, now_at=max(state.step, beats.read_all(run)[0]["step"]))
+    where = profile_request.place(run, steps, now_at=max(state.step, heartbeat_file.read_all(run)[0]["step"]))
     return f"asked for steps {steps[0]} to {steps[-1]} of {state.steps}, the run is at {state.step}; they will be in {where}"

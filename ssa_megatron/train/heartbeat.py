@@ -15,9 +15,7 @@ from pathlib import Path
 from ssa_megatron.config.sections import Watchdog
 from ssa_megatron.errors import EXIT_HUNG
 from ssa_megatron.parallel.state import ParallelState
-from ssa_megatron.train import heartbeat_file as beats
-from ssa_megatron.train import profile_request as requests
-from ssa_megatron.train import prometheus as exposition
+from ssa_megatron.train import heartbeat_file, profile_request, prometheus
 from ssa_megatron.train.signals import StopRequest
 from ssa_megatron.train.watchdog import Watch
 
@@ -30,7 +28,7 @@ class Heartbeat:
     def __init__(self, run: Path, parallel: ParallelState, stop: StopRequest, settings: Watchdog):
         self._run, self._parallel, self._stop, self._settings = run, parallel, stop, settings
         # rank 0's clock names this start: what earlier ones left behind is not news
-        self._start = parallel.run_on_rank0(lambda: beats.clear(run))
+        self._start = parallel.run_on_rank0(lambda: heartbeat_file.clear(run))
         last = parallel.world_size - 1
         watched = {0: range(1, parallel.world_size), last: range(1)}.get(parallel.rank, ()) if last else ()
         self._watch = Watch(watched, settings, everyone=parallel.is_rank0) if watched else None
@@ -81,19 +79,19 @@ class Heartbeat:
             sent = self._beat()
             self._listen(sent)
             if self._parallel.is_rank0:
-                self.asked = self.asked or requests.take(self._run)
+                self.asked = self.asked or profile_request.take(self._run)
                 if self.values is not None and time.monotonic() - exposed >= EXPOSITION:
                     exposed = time.monotonic()
-                    exposition.write(self._run, self.values)
+                    prometheus.write(self._run, self.values)
             if self._closed.wait(self._settings.heartbeat):
                 break
         if self._parallel.is_rank0 and self.values is not None:
-            exposition.write(self._run, self.values)
+            prometheus.write(self._run, self.values)
 
     def _beat(self) -> bool:
         """Write this rank's line; whether that was possible."""
         self._beats += 1
-        return beats.write(self._run, self._facts())
+        return heartbeat_file.write(self._run, self._facts())
 
     def _facts(self) -> dict:
         at, waits = _whereabouts()
@@ -139,7 +137,7 @@ class Heartbeat:
                 self._stop.ask(_of_rank(beat))
 
     def _read(self, rank: int) -> dict | None:
-        beat = beats.read(self._run, rank)
+        beat = heartbeat_file.read(self._run, rank)
         return beat if beat and beat["start"] == self._start else None
 
     def _leave(self, *, wait: float) -> None:

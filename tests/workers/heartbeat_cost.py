@@ -11,7 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from ssa_megatron.config.sections import Watchdog
-from ssa_megatron.train import heartbeat_file as beats
+from ssa_megatron.train import heartbeat_file
 from ssa_megatron.train.heartbeat import Heartbeat
 from ssa_megatron.train.signals import StopRequest
 
@@ -41,7 +41,7 @@ def main() -> None:
         }
         for other in others:
             other._beat()
-        assert len(beats.read_all(run)) == ranks
+        assert len(heartbeat_file.read_all(run)) == ranks
         found["watch_ms"] = 1e3 * seconds_of(lambda: watcher._listen(True), 5)
         found["listen_us"] = 1e6 * seconds_of(lambda: others[0]._listen(True), 200)
         print(json.dumps(found))

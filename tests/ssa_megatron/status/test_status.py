@@ -14,9 +14,7 @@ from ssa_megatron.planning.hardware import TABLE
 from ssa_megatron.planning.step_time import flops_per_token
 from ssa_megatron.status.state import Watcher, duration
 from ssa_megatron.status.status_command import ask_for_profile, every_rank, find, row, status
-from ssa_megatron.train import heartbeat_file as beats
-from ssa_megatron.train import profile_request as requests
-from ssa_megatron.train import prometheus as exposition
+from ssa_megatron.train import heartbeat_file, profile_request, prometheus
 from ssa_megatron.train.heartbeat import Heartbeat
 from ssa_megatron.train.restarts import Attempt, read_starts
 from tests.errors import raises
@@ -77,13 +75,13 @@ def run(tmp_path) -> Path:
     (folder / "starts.jsonl").write_text(begin(folder, ago=10) + begin(folder, step=4, ago=4, job="4711"))
     (folder / "checkpoints" / "step-00000008").mkdir(parents=True)
     (folder / "checkpoints" / ".tmp-step-00000010").mkdir()
-    beats.clear(folder)
+    heartbeat_file.clear(folder)
     return folder
 
 
 def test_a_running_job_shows_step_loss_speed_goodput_time_left_checkpoint_and_restarts(run):
     for rank in (0, 1):
-        assert beats.write(run, sign(rank))
+        assert heartbeat_file.write(run, sign(rank))
     found = Watcher(run).look()
     assert (found.state, found.alive, found.step, found.steps) == ("compute", True, 10, 20)
     assert (found.loss, found.evaluation) == (2.0, 2.75)
@@ -128,7 +126,7 @@ def test_the_share_of_the_gpus_peak_is_that_of_the_plan(run):
 )
 def test_the_state_is_told_by_the_signs_of_life(run, signs, state, alive):
     for one in signs:
-        beats.write(run, sign(**one))
+        heartbeat_file.write(run, sign(**one))
     found = Watcher(run).look()
     assert (found.state, found.alive) == (state, alive)
     assert (found.seconds_left is not None) == alive
@@ -150,7 +148,7 @@ def test_a_second_look_reads_what_is_new_and_a_resume_that_rewrote_the_file(run)
 def test_a_run_that_has_not_made_a_step_is_shown(run):
     for name in ("metrics.jsonl", "starts.jsonl"):
         (run / name).unlink()
-    beats.write(run, sign(0, phase="restore"))
+    heartbeat_file.write(run, sign(0, phase="restore"))
     found = Watcher(run).look()
     assert (found.state, found.step, found.loss, found.goodput, found.world) == ("restore", 0, None, None, None)
     assert row(found)[3:9] == ("-",) * 6
@@ -180,7 +178,7 @@ def test_a_run_that_cannot_be_read_hides_no_other(run, capsys):
 
 def test_what_others_left_in_a_run_folder_is_no_reason_to_show_nothing(run, capsys):
     """Regression: a KeyError, a ValueError: half-written and foreign files beside the run's own."""
-    beats.write(run, sign(0))
+    heartbeat_file.write(run, sign(0))
     (run / "heartbeats" / "rank-00001.json").write_text('{"beat": 1}')
     (run / "heartbeats" / "rank-00002.json").write_text(json.dumps(sign(2))[:-20])
     (run / "heartbeats" / "rank-all.json").write_text("{}")
@@ -224,8 +222,8 @@ def test_a_start_of_an_array_goes_by_the_arrays_number(tmp_path, monkeypatch):
 
 
 def test_every_rank_is_shown_with_its_place(run):
-    beats.write(run, sign(0))
-    beats.write(run, sign(1, exit_code=75))
+    heartbeat_file.write(run, sign(0))
+    heartbeat_file.write(run, sign(1, exit_code=75))
     head, first, second = every_rank(run).splitlines()
     assert head.split()[:3] == ["rank", "host", "pid"]
     assert re.fullmatch(r"0 +n1 +100 +[01] s ago +11 +compute +0 s +train/step.py:70 train_step", first)
@@ -238,38 +236,38 @@ def test_durations_are_short():
 
 # ------------------------------------------------------------------------------------------------------------- heartbeat
 def test_a_line_written_over_a_longer_one_leaves_nothing_of_it(tmp_path):
-    beats.clear(tmp_path)
+    heartbeat_file.clear(tmp_path)
     for length in (300, 3000):
-        beats.write(tmp_path, sign(0) | {"at": "x" * length})
-        assert len(beats.read(tmp_path, 0)["at"]) == length
-        beats.write(tmp_path, sign(0))
-    assert beats.read(tmp_path, 0)["at"] == "train/step.py:70 train_step"
-    assert (tmp_path / "heartbeats" / "rank-00000.json").stat().st_size == beats.WIDTH
+        heartbeat_file.write(tmp_path, sign(0) | {"at": "x" * length})
+        assert len(heartbeat_file.read(tmp_path, 0)["at"]) == length
+        heartbeat_file.write(tmp_path, sign(0))
+    assert heartbeat_file.read(tmp_path, 0)["at"] == "train/step.py:70 train_step"
+    assert (tmp_path / "heartbeats" / "rank-00000.json").stat().st_size == heartbeat_file.WIDTH
 
 
 def test_a_new_start_forgets_the_signs_of_the_one_before(tmp_path):
-    beats.clear(tmp_path)
-    beats.write(tmp_path, sign(7))
-    beats.clear(tmp_path)
-    assert beats.read_all(tmp_path) == []
-    assert beats.write(tmp_path / "nowhere", sign(0)) is False
+    heartbeat_file.clear(tmp_path)
+    heartbeat_file.write(tmp_path, sign(7))
+    heartbeat_file.clear(tmp_path)
+    assert heartbeat_file.read_all(tmp_path) == []
+    assert heartbeat_file.write(tmp_path / "nowhere", sign(0)) is False
 
 
 # --------------------------------------------------------------------------------------------------------------- profile
 def test_a_profile_is_asked_of_a_living_job_and_of_steps_to_come(run):
     with raises(RunFolderError, "nothing-runs", run):
         ask_for_profile(run, range(15, 17))
-    beats.write(run, sign(0))
+    heartbeat_file.write(run, sign(0))
     with raises(ConfigError, "profile-step-over", "step 11", "31:32"):
         ask_for_profile(run, range(11, 13))
     assert "asked for steps 15 to 16 of 20" in ask_for_profile(run, range(15, 17))
-    assert requests.take(run) == range(15, 17)
-    assert requests.take(run) == range(0)
+    assert profile_request.take(run) == range(15, 17)
+    assert profile_request.take(run) == range(0)
 
 
 def test_nonsense_in_the_place_of_a_request_is_thrown_away(run):
-    (run / requests.FILE).write_bytes(b"\xff\xfe")
-    assert requests.take(run) == range(0)
+    (run / profile_request.FILE).write_bytes(b"\xff\xfe")
+    assert profile_request.take(run) == range(0)
 
 
 def test_a_running_job_writes_the_profile_it_is_asked_for_and_its_figures_for_prometheus(tmp_path, dataset):
@@ -284,10 +282,10 @@ def test_a_running_job_writes_the_profile_it_is_asked_for_and_its_figures_for_pr
         wait_for((run / "profile" / f"{stem}.json.gz").exists, job)
         assert "aten::mm" in (run / "profile" / f"{stem}.txt").read_text()
         assert Watcher(run).look().alive
-        wait_for((run / exposition.FILE).exists, job)
+        wait_for((run / prometheus.FILE).exists, job)
     finally:
         kill(job)
-    text = (run / exposition.FILE).read_text()
+    text = (run / prometheus.FILE).read_text()
     labels = f'{{run="run",folder="{run}"}}'
     assert f"# TYPE ssa_loss gauge\nssa_loss{labels} " in text
     assert f"ssa_step{labels} " in text
@@ -295,7 +293,7 @@ def test_a_running_job_writes_the_profile_it_is_asked_for_and_its_figures_for_pr
 
 def test_prometheus_text_escapes_names_and_spells_what_is_no_number():
     values = {"eval/loss": float("nan"), "grad_norm": float("inf"), "note": "x", "applied": True, "eval_loss": 2}
-    lines = exposition.text(Path('/runs/a"b\\c'), values).splitlines()
+    lines = prometheus.text(Path('/runs/a"b\\c'), values).splitlines()
     label = '{run="a\\"b\\\\c",folder="/runs/a\\"b\\\\c"}'
     assert lines[:3] == [
         "# HELP ssa_eval_loss In metrics.jsonl of the run.",
@@ -307,7 +305,7 @@ def test_prometheus_text_escapes_names_and_spells_what_is_no_number():
 
 def test_two_runs_of_one_name_are_two_series_with_one_help():
     """Regression: a scrape that failed as a whole: node_exporter refuses equal series, and one name with two HELP texts."""
-    first, second = (exposition.text(Path(folder) / "run", {"loss": 1.0}).splitlines() for folder in ("/a", "/b"))
+    first, second = (prometheus.text(Path(folder) / "run", {"loss": 1.0}).splitlines() for folder in ("/a", "/b"))
     assert first[:2] == second[:2]
     assert first[2] != second[2]
 
