@@ -98,9 +98,8 @@ def test_another_optimizer_is_another_run():
 
 
 def test_an_unknown_optimizer_is_refused_where_the_recipe_is_read():
-    with pytest.raises(ConfigError) as refused:
+    with raises(ConfigError, "unknown-variant-name", "optimizer.kind", "adamw", "'shampoo'"):
         tiny(optimizer__kind="shampoo")
-    assert "optimizer.kind: Input should be one of adamw, momentum (got 'shampoo')" in str(refused.value)
 
 
 def test_an_unknown_optimizer_raises_where_it_is_first_asked_for():

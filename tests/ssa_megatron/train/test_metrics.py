@@ -148,7 +148,7 @@ def test_a_new_logger_gets_its_argument_and_every_step(tmp_path):
 
 
 def test_an_unknown_logger_is_refused_where_the_recipe_is_read():
-    with raises(ConfigError, "unknown-variant-name", "logging.loggers", "tensorboard, wandb"):
+    with raises(ConfigError, "unknown-variant-name", "logging.loggers", "tensorboard", "wandb"):
         tiny(logging__loggers={"recorder": "lines"})
 
 

@@ -90,7 +90,7 @@ def test_a_new_schedule_gives_rates_and_refuses_what_it_cannot_do():
 
 
 def test_an_unknown_schedule_is_refused_where_the_recipe_is_read():
-    with raises(ConfigError, "unknown-variant-name", "schedule.kind", "constant, cosine, wsd", "'exponential'"):
+    with raises(ConfigError, "unknown-variant-name", "schedule.kind", "cosine", "'exponential'"):
         tiny(schedule__kind="exponential")
 
 
