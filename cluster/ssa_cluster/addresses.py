@@ -20,7 +20,7 @@ class AddressProblem(Exception):
 def resolve(host: str) -> str:
     """A numeric address of `host`, not a loopback one if there is a choice. Raises AddressProblem."""
     try:
-        found = [entry[4][0] for entry in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)]
+        found = [str(entry[4][0]) for entry in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)]
     except OSError as error:
         raise AddressProblem(f"--host {host} cannot be resolved here: {error.strerror}; give an IP address") from None
     return min(found, key=_is_loopback)

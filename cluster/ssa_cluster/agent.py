@@ -16,6 +16,8 @@ from torch.distributed import DistStoreError
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import LogsSpecs
+from torch.distributed.elastic.multiprocessing.api import SubprocessContext
+from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
 
 from ssa_cluster.exit_codes import FORWARDED, START_AGAIN, Interrupted, RestartBudget, describe, ending, say
 from ssa_cluster.peers import BEAT, Lost, WatchedRendezvous
@@ -61,14 +63,13 @@ class Agent(LocalElasticAgent):
                 return
             if not self._running():
                 raise Interrupted(f"{name} while no rank was running")
-            self._ask()
+            self._ask(number)
         elif number == self._asked[0] and now - self._asked[1] > ECHO and self._running():
             self.killed_by = number
             say(f"{name} again: the ranks are killed; the last committed checkpoint stands")
             self._signal(signal.SIGKILL)
 
-    def _ask(self) -> None:
-        number = self._asked[0]
+    def _ask(self, number: int) -> None:
         say(f"{signal.Signals(number).name}: {len(self._running())} rank(s) asked to stop within {self._grace:.0f} s")
         # They may have got this very signal too, and a second one of a kind ends them at once: send another kind.
         self._signal(signal.SIGUSR2 if number == signal.SIGUSR1 else signal.SIGUSR1)
@@ -97,7 +98,7 @@ class Agent(LocalElasticAgent):
         finally:
             self._starting = False
             if self._asked:
-                self._ask()
+                self._ask(self._asked[0])
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         now = time.monotonic()
@@ -135,13 +136,13 @@ class Agent(LocalElasticAgent):
         return result
 
     def _after_failure(self, result: RunResult, worker_group: WorkerGroup) -> RunResult:
-        peers = self._rendezvous_watched.peers
+        peers, several = self._rendezvous_watched.peers, (worker_group.group_world_size or 1) > 1
         self._ended_at = self._ended_at or time.monotonic()
         failures = sorted(result.failures.items(), key=lambda item: item[1].timestamp)
         code = ending(failure.exitcode for _, failure in failures)
         if code is None and self._asked:
             code = START_AGAIN
-        if code is None and peers.verdict is None and worker_group.group_world_size > 1:
+        if code is None and peers.verdict is None and several:
             time.sleep(CRASH)  # a rank that lost its connection often did so because another node has just given up
         if code is None:
             code = peers.verdict
@@ -151,7 +152,7 @@ class Agent(LocalElasticAgent):
             if self._budget.spend():
                 say(f"{what}; restarting from the last committed checkpoint")
                 peers.tell(what)
-                if worker_group.group_world_size > 1:
+                if several:
                     time.sleep(2 * BEAT)  # before this node joins anew, or the others would take it for a new one
                 return result
             say(f"{what}; no restart: {self._budget.limit} in a row brought no newer checkpoint")
@@ -170,8 +171,11 @@ class Agent(LocalElasticAgent):
         super()._shutdown(death_sig, max(timeout, int(self._grace)))  # nodes that join may cost a checkpoint's time
 
     def _codes(self) -> dict[int, int | None]:
-        handlers = self._pcontext.subprocess_handlers if self._pcontext else {}
-        return {rank: handler.proc.poll() for rank, handler in handlers.items()}
+        return {rank: handler.proc.poll() for rank, handler in self._handlers().items()}
+
+    def _handlers(self) -> dict[int, SubprocessHandler]:
+        context = self._pcontext
+        return context.subprocess_handlers if isinstance(context, SubprocessContext) else {}
 
     def _running(self) -> list[int]:
         return [rank for rank, code in self._codes().items() if code is None]
@@ -179,4 +183,4 @@ class Agent(LocalElasticAgent):
     def _signal(self, number: int) -> None:
         for rank in self._running():
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._pcontext.pids()[rank], number)  # torchrun makes each rank a session of its own
+                os.killpg(self._handlers()[rank].proc.pid, number)  # torchrun makes each rank a session of its own

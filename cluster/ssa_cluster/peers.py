@@ -32,12 +32,16 @@ class Peers(threading.Thread):
         self._handler, self._store, self._own, self._rank, self._size = handler, store, name, rank, size
         self._silence, self._over = silence, threading.Event()
         self._answered = time.monotonic()
-        self._waiting, self._verdict, self._silent, self._crash = 0, None, None, None
+        self._waiting = 0
+        self._verdict: int | None = None
+        self._silent: str | None = None
+        self._crash: str | None = None
         self._wanted: int | None = None
         self._crashed: str | None = None
 
     def run(self) -> None:
-        beat, seen = 0, {}
+        beat = 0
+        seen: dict[int, tuple[bytes, float]] = {}
         while not self._over.wait(BEAT if beat else 0):
             beat += 1
             with contextlib.suppress(
@@ -114,17 +118,23 @@ class WatchedRendezvous(RendezvousHandler):
     def __init__(self, inner: RendezvousHandler, *, host: str, port: int, hosting: bool, name: str, silence: float):
         self._hosting = hosting
         self._inner, self._host, self._port, self.name, self._silence = inner, host, port, name, silence
-        self.peers: Peers | None = None
+        self._peers: Peers | None = None
+
+    @property
+    def peers(self) -> Peers:
+        """The nodes of the current round; there is one from `next_rendezvous` on."""
+        assert self._peers is not None
+        return self._peers
 
     def next_rendezvous(self) -> RendezvousInfo:
-        if self.peers is not None:
-            self.peers.stop()
+        if self._peers is not None:
+            self._peers.stop()
         info = self._inner.next_rendezvous()
         own = TCPStore(self._host, self._port, is_master=False, timeout=timedelta(seconds=self._silence))
         if info.rank == 0:
             info.store.set("peers", f"{self.name}/{time.time()}")
         round_name = info.store.get("peers").decode()  # the same on all nodes of this round, and never seen before
-        self.peers = Peers(
+        self._peers = Peers(
             self._inner,
             PrefixStore(f"peers/{round_name}", own),
             name=self.name,
@@ -132,12 +142,12 @@ class WatchedRendezvous(RendezvousHandler):
             size=info.world_size,
             silence=self._silence,
         )
-        self.peers.start()
+        self._peers.start()
         return info
 
     def num_nodes_waiting(self) -> int:
         try:
-            waiting = self.peers.waiting if self.peers else 0
+            waiting = self._peers.waiting if self._peers else 0
         except Lost:
             if self._hosting:  # it would be this process, which is busy
                 return 0
@@ -163,6 +173,6 @@ class WatchedRendezvous(RendezvousHandler):
         return self._inner.get_run_id()
 
     def shutdown(self) -> bool:
-        if self.peers is not None:
-            self.peers.stop()
+        if self._peers is not None:
+            self._peers.stop()
         return self._inner.shutdown() if self._hosting else True  # its host closes it, and may be gone already

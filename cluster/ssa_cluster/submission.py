@@ -238,7 +238,7 @@ def _snapshot(run: Path, recipe: dict, sweep: list[str]) -> Path:
     if sweep != [""]:
         files["sweep.txt"] = "".join(f"{line}\n" for line in sweep).encode()
     for package in PACKAGES:
-        folder = Path(importlib.util.find_spec(package).origin).parent
+        folder = _folder(package)
         for path in sorted(folder.rglob("*")):
             if path.is_file() and "__pycache__" not in path.parts:
                 files[str(path.relative_to(folder.parent))] = path.read_bytes()
@@ -256,6 +256,13 @@ def _snapshot(run: Path, recipe: dict, sweep: list[str]) -> Path:
         (draft / name).write_bytes(content)
     draft.rename(code)
     return code
+
+
+def _folder(package: str) -> Path:
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:
+        raise Refused(f"{sys.executable} has no package {package}: install this project, all of it")
+    return Path(spec.origin).parent
 
 
 def _environment(site: dict, networks: dict, code: Path) -> list[str]:

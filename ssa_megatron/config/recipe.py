@@ -180,12 +180,13 @@ def _explain(error: ValidationError, origin: str) -> str:
 
 
 def _fields_at(location: tuple) -> list[str]:
-    model = Recipe
+    model: type[BaseModel] = Recipe
     for part in location:
         field = model.model_fields.get(str(part))
         annotation = field.annotation if field else None
         choices = get_args(annotation) or (annotation,)  # an optional section is a union with None
-        model = next((c for c in choices if isinstance(c, type) and issubclass(c, BaseModel)), None)
-        if model is None:
+        inner = next((c for c in choices if isinstance(c, type) and issubclass(c, BaseModel)), None)
+        if inner is None:
             return []
+        model = inner
     return sorted(model.model_fields)

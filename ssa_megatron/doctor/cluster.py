@@ -57,8 +57,8 @@ def _meet(rank: int, world: int, timeout: float) -> dist.Store:
     # under torchrun the agent serves the store; else the first rank does
     serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     address = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
-    store = dist.TCPStore(*address, world, serves, timeout=limit, wait_for_workers=False)
-    store = dist.PrefixStore(f"doctor-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    server = dist.TCPStore(*address, world, serves, timeout=limit, wait_for_workers=False)
+    store = dist.PrefixStore(f"doctor-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", server)
     store.set(f"here/{rank}", socket.gethostname())
     keys = [f"here/{other}" for other in range(world)]
     try:
@@ -123,7 +123,7 @@ def _store(store: dist.Store, rank: int) -> list[Finding]:
     times = []
     for number in range(50):
         began = time.perf_counter()
-        store.set(f"trip/{rank}/{number}", b"x")
+        store.set(f"trip/{rank}/{number}", "x")
         store.get(f"trip/{rank}/{number}")
         times.append(time.perf_counter() - began)
     medians = _gather(statistics.median(times) * 1e3)

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import subprocess
+from functools import partial
 from pathlib import Path
 
 from ssa_megatron.doctor.device_speed import Speed, measure
@@ -38,12 +39,13 @@ def gpus(only: int | None = None) -> tuple[list[Finding], dict[int, Speed]]:
             remedy = "nvidia-smi shows whether the driver works; `python -c 'import torch; print(torch.version.cuda)'` the build"
             return [Finding("GPU", "FAIL", "there is one, and torch cannot use it", remedy)], {}
         return [Finding("GPU", "OK", "none: training runs on the CPU")], {}
-    findings, speeds = [], {}
+    findings: list[Finding] = []
+    speeds: dict[int, Speed] = {}
     count = torch.cuda.device_count()
     for index in range(count) if only is None else (only,):
         device = torch.device("cuda", index)
         free, total = torch.cuda.mem_get_info(device)
-        speed = speeds[index] = measure(device, lambda index=index: _ask(index))
+        speed = speeds[index] = measure(device, partial(_ask, index))
         found = speed.meanwhile or {}
         name = torch.cuda.get_device_name(device)
         label = f"GPU {index}"
@@ -66,11 +68,11 @@ def rates(label: str, speed: Speed, row: Hardware | None) -> list[Finding]:
     """The measured figures, against the table's where there is one."""
     findings = []
     for what, value, unit, scale, aim in (
-        ("matmul", speed.matmul, "TFLOP/s in bf16", 1e12, row and row.matmul),
-        ("copy", speed.copy, "GB/s", 1e9, row and row.bandwidth),
+        ("matmul", speed.matmul, "TFLOP/s in bf16", 1e12, row.matmul if row else None),
+        ("copy", speed.copy, "GB/s", 1e9, row.bandwidth if row else None),
     ):
         found = f"{what} {value / scale:,.0f} {unit}"
-        if row is None:
+        if row is None or aim is None:
             findings.append(Finding(label, "OK", f"{found}; nothing to compare it with"))
             continue
         share = value / aim

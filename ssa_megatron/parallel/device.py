@@ -94,7 +94,7 @@ def adapt() -> None:
     torch.cuda.manual_seed = lambda *_, **__: None  # the bookkeeping of activation recomputation uses it
     random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
     random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
-    torch.Tensor.cuda = lambda self, *_, **__: self  # context parallelism; tied embeddings with pipelines
+    torch.Tensor.cuda = lambda self, *_, **__: self  # type: ignore[method-assign]  # context parallelism; tied embeddings
     if not isinstance(schedules.torch, _TorchOnCPU):
         schedules.torch = _TorchOnCPU()
 

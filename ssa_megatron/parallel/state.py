@@ -83,12 +83,12 @@ class ParallelState:
 
     def run_on_rank0(self, action: Callable[[], Any]) -> Any:
         """Run `action` on the writer rank only; its result, or the error it raised, on every rank."""
-        outcome = (None, None)
+        outcome: tuple[Any, Exception | None] = (None, None)
         if self.is_rank0:
             try:
                 outcome = (action(), None)
-            except Exception as error:  # raised again below, on all ranks: none of them may wait for the others
-                outcome = (None, error)
+            except Exception as problem:  # raised again below, on all ranks: none of them may wait for the others
+                outcome = (None, problem)
         result, error = self.broadcast_object(outcome)
         if error is not None:
             raise error

@@ -67,7 +67,7 @@ def measure(recipe: Recipe, document: int, steps: int = 5) -> dict:
         found["step_peak"] = peak()
         return result
 
-    optimizer.step = watched_step
+    optimizer.step = watched_step  # type: ignore[method-assign]
     runner, rows, seconds = StepRunner(model, optimizer, recipe, parallel), random_rows(recipe, document), []
     for step in range(steps):
         began = time.monotonic()

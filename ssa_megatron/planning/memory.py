@@ -39,7 +39,7 @@ class Memory:
 
     @property
     def peak_phase(self) -> str:
-        return max(self.phases, key=self.phases.get)
+        return max(self.phases, key=self.phases.__getitem__)
 
 
 def memory(recipe: Recipe, world: int, *, document: int | None = None) -> list[Memory]:

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 from ssa_megatron.config import Recipe
 from ssa_megatron.errors import ConfigError
@@ -38,13 +39,16 @@ def plan(
     if run is not None:
         check_same_run(run, recipe)
     figures = hardware.find(gpu)
-    given = {"memory": (memory_gib, GIB), "link": (link_gbytes, 1e9), "network": (network_gbytes, 1e9)}
-    given = {name: (value, unit) for name, (value, unit) in given.items() if value is not None}
-    for name, (value, _) in given.items():
+    options = {"memory": (memory_gib, GIB), "link": (link_gbytes, 1e9), "network": (network_gbytes, 1e9)}
+    given: dict[str, Any] = {}
+    for name, (value, unit) in options.items():
+        if value is None:
+            continue
         if not 0 < value < math.inf:
             option = f"--{name}-{'gib' if name == 'memory' else 'gbytes'}"
             raise ConfigError(f"{option} {value:g}: not a size", remedy="a number above 0", id="not-a-size")
-    figures = dataclasses.replace(figures, **{name: int(value * unit) for name, (value, unit) in given.items()})
+        given[name] = int(value * unit)
+    figures = dataclasses.replace(figures, **given)
     search.check(recipe, world, figures)
     found = search.evaluate(recipe, world, figures, document=document)
     fits = found.needed <= figures.memory

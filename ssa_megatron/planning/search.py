@@ -58,8 +58,8 @@ def legal(recipe: Recipe, world: int, gpu: Hardware) -> Iterator[Recipe]:
         ranks = tensor * context * pipeline
         if ranks > world or world % ranks:
             continue
-        interleavings = {1, 2, 4, p.virtual_pipeline} if pipeline > 1 else {1}
-        interleavings = sorted(v for v in interleavings if m.num_layers % (pipeline * v) == 0)
+        considered = {1, 2, 4, p.virtual_pipeline} if pipeline > 1 else {1}
+        interleavings = sorted(v for v in considered if m.num_layers % (pipeline * v) == 0)
         sequences = {tensor > 1 and train.sequence_length % (tensor * context) == 0}
         if tensor == p.tensor:
             sequences.add(p.sequence)
@@ -118,7 +118,8 @@ def nearest(recipe: Recipe, candidates: list[Candidate], count: int = 2) -> list
     One that only adds to another's changes is no second way, and comes last.
     """
     order = sorted(candidates, key=lambda c: (len(changes(recipe, c.recipe)), c.speed.seconds))
-    ways, more = [], []
+    ways: list[list[str]] = []
+    more: list[list[str]] = []
     for candidate in order:
         if len(ways) == count:
             break

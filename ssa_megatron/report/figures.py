@@ -6,6 +6,7 @@ non-finite becomes a sentence, never an error.
 
 import math
 from html import escape
+from typing import TypeGuard
 
 from ssa_megatron.config import Recipe
 from ssa_megatron.report.svg import Layer, Points, chart, is_finite, power_of_ten
@@ -258,7 +259,7 @@ def absence(title: str, why: str) -> str:
     return f'<figure><figcaption><h3>{escape(title)}</h3></figcaption><p class="absent">{escape(why)}</p></figure>'
 
 
-def _is_number(value: object) -> bool:
+def _is_number(value: object) -> TypeGuard[int | float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 

@@ -58,8 +58,10 @@ class Watcher:
                 remedy="check the path",
                 id="status-not-a-run-folder",
             )
-        self.run, self._lines, self._productive = run, deque(maxlen=RECENT), 0.0
-        self._file, self._offset, self._evaluation = None, 0, None
+        self.run, self._productive, self._offset = run, 0.0, 0
+        self._lines: deque[dict] = deque(maxlen=RECENT)
+        self._file: tuple[int, int] | None = None
+        self._evaluation: float | None = None
         self._starts: tuple[int, list[Start]] = (-1, [])
 
     def look(self) -> State:

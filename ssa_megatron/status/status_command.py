@@ -115,7 +115,7 @@ def row(state: State) -> tuple[str, ...]:
 def every_rank(run: Path) -> str:
     """Where each rank is, by its last sign of life."""
     now = time.time()
-    lines = [("rank", "host", "pid", "last sign", "step", "phase", "since", "at")]
+    lines: list[tuple[str, ...]] = [("rank", "host", "pid", "last sign", "step", "phase", "since", "at")]
     for beat in heartbeat_file.read_all(run):
         age = "" if beat["exit"] is not None else f"{max(0.0, now - beat['time']):.0f} s ago"
         phase = beat["phase"] if beat["exit"] is None else f"exit code {beat['exit']}"
