@@ -9,8 +9,10 @@ from pathlib import Path
 
 import yaml
 
-CLUSTER = Path(__file__).parents[1]
-SITE = {
+PACKAGE = Path(__file__).parent
+CLUSTER = PACKAGE / "assets" if (PACKAGE / "assets").is_dir() else PACKAGE.parent
+"""The folder of templates/, job.sh, site.yaml and networks.yaml: cluster/ in a checkout, inside the package in a wheel."""
+SITE: dict[str, type] = {
     "python": str,
     "gpu": str,
     "gpus_per_node": int,
@@ -49,7 +51,7 @@ def read_site(path: Path) -> dict:
         if not isinstance(value, kind) or isinstance(value, bool):
             hint = ": YAML reads 24:00:00 as a number unless it stands in quotes" if key == "time" else ""
             raise Refused(f"{path}: {key} must be {kind.__name__}, not {value!r}{hint}")
-        if kind is list and (wrong := [item for item in value if not isinstance(item, str)]):
+        if isinstance(value, list) and (wrong := [item for item in value if not isinstance(item, str)]):
             raise Refused(f"{path}: {key} holds {wrong[0]!r}, which is no text: put the whole line in quotes")
     _check_texts(path, values)
     least = {"gpus_per_node": 0, "ranks_per_node": 1, "cpus_per_node": 1, "grace": 1, "join": 1}

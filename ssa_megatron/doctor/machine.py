@@ -49,36 +49,56 @@ SHARED = Path("/dev/shm")
 FAMILIES = re.compile(r"torch_\d+_|psm_|sem\.(mp|loky)-|nccl-|\d{6}_|gloo|__KMP")
 
 
+def pins(requirements: Path = REQUIREMENTS) -> dict[str, str]:
+    """Distribution -> required version, from a checkout's requirements.txt or else from the installed wheel; else empty."""
+    try:
+        text = (
+            requirements.read_text() if requirements.is_file() else "\n".join(metadata.requires("ssa-megatron") or [])
+        )
+    except metadata.PackageNotFoundError:
+        return {}
+    found = re.findall(r"^([\w.-]+)(?:\[[\w,]*\])?==([^\s#;]+)", text, re.M)
+    return {_normalized(name): version for name, version in found}
+
+
+def _normalized(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()  # PEP 503: a wheel's metadata spells PyYAML pyyaml
+
+
 def versions(requirements: Path = REQUIREMENTS) -> list[Finding]:
-    """Installed versions against requirements.txt."""
-    pins = (
-        dict(re.findall(r"^([\w.-]+)(?:\[[\w,]*\])?==([^\s#]+)", requirements.read_text(), re.M))
-        if requirements.is_file()
-        else {}
-    )
-    if not pins:
-        remedy = "install from a copy of the repository, pip install -e . there"
-        return [Finding("versions", "WARN", f"{requirements} is not there: versions were not compared", remedy)]
-    missing, other, fitting = [], [], 0
+    """Installed versions against the required ones."""
+    required = pins(requirements)
+    if not required:
+        remedy = "pip install the wheel, or run from a copy of the repository"
+        found = f"no {requirements}, and ssa-megatron is not installed: versions were not compared"
+        return [Finding("versions", "WARN", found, remedy)]
+    missing, other, fitting = [], {}, 0
     for name in LIBRARIES:
         try:
             found = metadata.version(name).partition("+")[0]
         except metadata.PackageNotFoundError:
             missing.append(name)
             continue
-        if found == pins.get(name) or found.startswith(ALSO_PROVEN.get(name, "\n")):
+        if found == required.get(_normalized(name)) or found.startswith(ALSO_PROVEN.get(name, "\n")):
             fitting += 1
         else:
-            other.append(f"{name} {found}, not {pins.get(name)}")
-    install = f"{sys.executable} -m pip install -r {requirements}"
+            other[name] = f"{name} {found}, not {required.get(_normalized(name))}"
     findings = [
         Finding("versions", "OK", f"python {sys.version.split()[0]}; {fitting} of {len(LIBRARIES)} as required")
     ]
     if missing:
-        findings.append(Finding("versions", "FAIL", "not installed: " + ", ".join(missing), install))
+        findings.append(
+            Finding("versions", "FAIL", "not installed: " + ", ".join(missing), _install(missing, required))
+        )
     if other:
-        findings.append(Finding("versions", "WARN", "; ".join(other), install))
+        findings.append(Finding("versions", "WARN", "; ".join(other.values()), _install(other, required)))
     return findings
+
+
+def _install(names: Iterable[str], required: dict[str, str]) -> str:
+    """The command that installs these distributions as required; one without a pin is installed as it comes."""
+    pinned = [f"{name}=={required[key]}" if (key := _normalized(name)) in required else name for name in names]
+    return f"{sys.executable} -m pip install {' '.join(pinned)}"
 
 
 def libraries() -> list[Finding]:
@@ -111,9 +131,9 @@ def libraries() -> list[Finding]:
             findings.append(Finding("libraries", "FAIL", f"import {module} ended the process: {last[:200]}", remedy))
             break
         if problem := found[module]:
-            remedy = f"pip install -r {REQUIREMENTS}"
+            remedy = _install([distribution], pins())
             if "shared object" in problem:
-                remedy = f"install the system library named above, or reinstall {distribution} from requirements.txt"
+                remedy = f"install the system library named above, or reinstall {distribution}"
             findings.append(Finding("libraries", "FAIL", f"import {module}: {problem[:200]}", remedy))
     seconds = time.monotonic() - began
     return findings or [Finding("libraries", "OK", f"{len(LIBRARIES)} import, in {seconds:.0f} s")]

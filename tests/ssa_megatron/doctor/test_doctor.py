@@ -67,7 +67,7 @@ def test_a_disk_that_takes_no_more_is_found_by_writing_to_it(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small tmpfs needs root")
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small tmpfs needs root: sudo")
 def test_a_full_file_system_is_found(tmp_path):
     small = tmp_path / "small"
     small.mkdir()
@@ -179,12 +179,33 @@ def test_versions_are_compared_with_the_requirements(tmp_path):
     level = {finding.level: finding for finding in machine.versions(pins)}
     assert level.keys() == {"OK", "WARN"}
     assert "PyYAML 6.0.3, not 5.1; typer" in level["WARN"].found
-    assert "pip install -r" in level["WARN"].remedy
+    assert "pip install PyYAML==5.1 typer==9" in level["WARN"].remedy
 
 
 def test_every_library_that_is_imported_is_pinned():
     text = machine.REQUIREMENTS.read_text()
     assert [name for name in machine.LIBRARIES if f"\n{name}==" not in text] == []
+
+
+def test_a_wheel_is_compared_with_its_own_metadata(tmp_path, monkeypatch):
+    """Regression: installed as a wheel, no requirements.txt was there and no version was compared."""
+    needs = ["torch==2.13.0", "pyyaml==5.1", "backports-zstd==1.8.0", 'moto[s3]==5.2.5; extra == "dev"']
+    monkeypatch.setattr(machine, "LIBRARIES", {"torch": "torch", "PyYAML": "yaml"})
+    monkeypatch.setattr(machine.metadata, "requires", lambda name: needs)
+    absent = tmp_path / "requirements.txt"
+    assert machine.pins(absent)["moto"] == "5.2.5"
+    fits, warning = machine.versions(absent)
+    assert fits.found.endswith("1 of 2 as required")
+    assert warning.found == "PyYAML 6.0.3, not 5.1"
+    assert warning.remedy.endswith("pip install PyYAML==5.1")
+
+
+def test_without_pins_the_doctor_reports_that_nothing_was_compared(tmp_path, monkeypatch):
+    def not_installed(name):
+        raise machine.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(machine.metadata, "requires", not_installed)
+    assert levels(machine.versions(tmp_path / "requirements.txt")) == ["WARN"]
 
 
 # -------------------------------------------------------------------------------------------------------------- speeds
