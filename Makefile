@@ -7,7 +7,7 @@ export OMP_NUM_THREADS ?= 1
 export TORCH_COMPILE_DISABLE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-transformers test-streaming-community test-gpu test-two-gpus fuzz sanitize bench lint format clean
+.PHONY: help setup demo test test-quick test-slow test-transformers test-streaming-community test-gpu test-two-gpus fuzz sanitize bench lint format clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -27,7 +27,10 @@ demo: setup  ## the whole arc in a few minutes: text to a Hugging Face model, wi
 test: setup  ## every test that needs neither a GPU nor more than a minute, two files at a time (TEST_JOBS=1: one)
 	$(BIN)/python -m pytest -m "not slow and not gpu" --numprocesses $(TEST_JOBS) --dist loadfile
 
-test-slow: setup  ## the long ones
+test-quick: setup  ## those that start no process, for the time between two edits
+	$(BIN)/python -m pytest -m "not slow and not gpu and not launch" --numprocesses $(TEST_JOBS) --dist loadfile
+
+test-slow: setup  ## the long ones, the wheel in clean environments included (3 GB each)
 	$(BIN)/python -m pytest -m slow
 
 test-transformers: setup  ## the Hugging Face side on the newest transformers 5, with its Trainer and device maps

@@ -51,6 +51,7 @@ def test_markup_is_removed_and_its_text_kept():
     assert corpora._strip(page) == "Head & heart\n\nOne two\nthree\n\nfour"
 
 
+@pytest.mark.launch
 @pytest.mark.parametrize("kind", ["pip", "apt"])
 def test_a_package_that_cannot_be_fetched_is_named(tmp_path, kind, monkeypatch):
     monkeypatch.setenv("PIP_NO_INDEX", "1")  # nothing is asked of any index

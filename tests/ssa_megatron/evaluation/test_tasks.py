@@ -18,7 +18,7 @@ from tests.errors import raises
 from tests.ssa_megatron.hf.conftest import corpus
 
 needs_library = pytest.mark.skipif(
-    importlib.util.find_spec("lm_eval") is None, reason="lm-eval is an extra: pip install -e '.[evaluation]'"
+    importlib.util.find_spec("lm_eval") is None, reason="no lm-eval: pip install -e '.[evaluation]'"
 )
 
 

@@ -13,7 +13,7 @@ from transformers import (
     TrainingArguments,
 )
 
-pytest.importorskip("accelerate")
+pytest.importorskip("accelerate", reason="no accelerate: pip install -e '.[evaluation]', or make test-transformers")
 
 
 def load(folder, **options):

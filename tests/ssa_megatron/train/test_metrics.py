@@ -164,7 +164,7 @@ def test_weights_and_biases_that_is_not_installed_is_refused_with_the_remedy(tmp
 
 
 def test_weights_and_biases_goes_on_as_the_same_run(tmp_path, monkeypatch):
-    wandb = pytest.importorskip("wandb", reason="wandb is optional and not installed")
+    wandb = pytest.importorskip("wandb", reason="no wandb: pip install wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     recipe, ids = tiny(logging__wandb="mine", logging__tensorboard=False), []
