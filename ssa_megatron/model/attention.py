@@ -6,6 +6,8 @@ whole query group. With more tensor-parallel ranks than key/value heads, each ra
 which the projection has gathered anyway, and attends with its own. Under context parallelism keys and values are gathered here.
 """
 
+from typing import Any
+
 import torch
 from megatron.core import tensor_parallel
 from megatron.core.transformer.attention import SelfAttention
@@ -50,9 +52,13 @@ class SSACoreAttention(nn.Module):
             k_nbhd, v_nbhd = gather_kv(torch.cat((k_nbhd, v_nbhd), 2), self.cp_group).chunk(2, 2)
         q, k, v = (x.transpose(0, 1) for x in (q_nbhd, k_nbhd, v_nbhd))
         gate = torch.sigmoid(gate_nbg.float()).transpose(0, 1)  # [B, n, heads * gates]
-        where = {"doc_starts": batch.doc_starts, "query_index": batch.query_index, "backend": self.backend}
+        where: dict[str, Any] = {
+            "doc_starts": batch.doc_starts,
+            "query_index": batch.query_index,
+            "backend": self.backend,
+        }
         routing_q = q if group_q_nbhd is None else group_q_nbhd.transpose(0, 1)
-        blocks = {}
+        blocks: dict[str, Any] = {}
         if group_q_nbhd is not None and self.kind.routed:
             blocks["blocks"] = ssa_kernels.select_blocks(routing_q, k, self.spec, **where)
         if collector.wants_statistics:

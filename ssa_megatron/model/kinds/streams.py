@@ -37,7 +37,7 @@ class AttentionInputs:
     spec: "BlockSpec"
     where: dict[str, Any]
     """Keyword arguments that every function of `ssa_kernels` takes: `doc_starts`, `query_index`, `backend`."""
-    blocks: dict[str, "Tensor"]
+    blocks: dict[str, Any]
     """`{"blocks": int32 [B, n, kv_heads, block_count]}` where the layer has selected them already, else empty: where several
     tensor-parallel ranks share a query group, selection needs the queries of all of them."""
 
