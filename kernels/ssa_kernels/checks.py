@@ -28,13 +28,13 @@ def check_spec(spec: BlockSpec) -> None:
     for name in ("block_size", "block_count"):
         value = getattr(spec, name)
         need(whole(value, 1), f"spec.{name}", value, "an integer of at least 1")
-    need(spec.topk in ("exact", "authors"), "spec.topk", repr(spec.topk), "'exact' or 'authors'")
-    if spec.topk == "authors":
+    need(spec.topk == "exact" or spec.reference, "spec.topk", repr(spec.topk), "'exact' or 'reference'")
+    if spec.reference:
         need(
             spec.block_size == 16 and spec.block_count == 16,
             "spec.topk",
-            f"'authors' with block_size={spec.block_size}, block_count={spec.block_count}",
-            "block_size=16 and block_count=16, the one shape the authors' selection is defined for; use topk='exact'",
+            f"{spec.topk!r} with block_size={spec.block_size}, block_count={spec.block_count}",
+            "block_size=16 and block_count=16, the one shape that the reference selection is defined for; use topk='exact'",
         )
 
 

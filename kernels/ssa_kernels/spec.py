@@ -30,14 +30,19 @@ class BlockSpec(NamedTuple):
 
     block_size: tokens in a block (paper: 16).
     block_count: blocks selected for a token and KV group, its own block included (paper: 16).
-    topk: "exact", or "authors", which reproduces the selection of the authors' released kernel (block size and count
-        16): past the first 16 blocks, the best 8 of all blocks before the current chunk of 16 blocks, and the best 8
-        of that chunk, the own block included.
+    topk: "exact", or "reference" (formerly "authors"), which reproduces the selection of the authors' released kernel
+        (block size and count 16): past the first 16 blocks, the best 8 of all blocks before the current chunk of 16
+        blocks, and the best 8 of that chunk, the own block included.
     """
 
     block_size: int = 16
     block_count: int = 16
     topk: str = "exact"
+
+    @property
+    def reference(self) -> bool:
+        """Whether `topk` is "reference", in either spelling."""
+        return self.topk in ("reference", "authors")
 
 
 class AttentionStatistics(NamedTuple):

@@ -95,28 +95,34 @@ class Attention(Section):
     """Which attention trains, and the sparse stream's shape (paper section 3)."""
 
     kind: KindName = "ssa"
-    """`ssa`: full and sparse streams with alignment; `full` and `moba`: one stream; `nsa`: compressed + selected + window."""
+    """`ssa`: full and sparse streams with alignment; `full`, `moba`: one stream; `nsa`: compressed, selected and window.
+    One module each in `model/kinds/`."""
     block_size: int = Field(16, ge=1)
     """Tokens in a block; 16 in the paper."""
     block_count: int = Field(16, ge=1)
     """Blocks each token attends to, its own included; block_size * block_count is the receptive field."""
-    topk: Literal["exact", "authors"] = "exact"
-    """`authors` reproduces the approximate selection of the authors' kernel, to run their checkpoints as trained."""
+    topk: Literal["exact", "reference"] = "exact"
+    """`reference` reproduces the approximate selection of the authors' kernel, to run their checkpoints as trained."""
     window: int = Field(128, ge=1)
-    """Tokens of the sliding window; used by `nsa` only."""
+    """Tokens of the sliding window; used by kinds with a window stream."""
     alignment_weight: float = Field(10.0, ge=0)
-    """Alpha, the weight of the alignment loss; used by `ssa` only. 10 in the paper."""
+    """Alpha, the weight of the alignment loss; used by kinds that have one. 10 in the paper."""
     sparse_probability: float = Field(0.5, ge=0, le=1)
-    """How often a micro-batch trains the trunk on the sparse stream; used by `ssa` only. 0.5 in the paper."""
+    """How often a micro-batch trains the trunk on the sparse stream; used by kinds with two trunks. 0.5 in the paper."""
     backend: Literal["auto", "triton", "torch"] = "auto"
     """Which implementation of `kernels` runs; `auto` is the fast one proven on the device at hand."""
 
+    @field_validator("topk", mode="before")
+    @classmethod
+    def _old_spelling(cls, value):
+        return "reference" if value == "authors" else value  # recipes, run folders and exports of version 0.0
+
     @model_validator(mode="after")
     def _consistent(self):
-        if self.topk == "authors" and (self.block_size, self.block_count) != (16, 16):
+        if self.topk == "reference" and (self.block_size, self.block_count) != (16, 16):
             raise _broken(
                 "topk-shape",
-                f"topk=authors exists for block_size=16 and block_count=16 only, "
+                f"topk=reference exists for block_size=16 and block_count=16 only, "
                 f"not block_size={self.block_size}, block_count={self.block_count}",
             )
         return self

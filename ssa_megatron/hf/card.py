@@ -6,16 +6,9 @@ not measured.
 
 import math
 
+from ssa_megatron.config.variants import KINDS
 from ssa_megatron.hf.bundle.configuration_ssa import SSAConfig
 from ssa_megatron.train.metrics import read_metrics
-
-KINDS = {
-    "ssa": "trained on full and sparse attention with the alignment loss between the two",
-    "full": "trained on gated full attention",
-    "moba": "trained on gated block-sparse attention alone",
-    "nsa": "trained on compressed, selected and window streams, each with its own gate",
-}
-
 
 LOSSES = {"eval/loss_full": "full", "eval/loss_sparse": "sparse", "eval/loss": "own"}
 
@@ -49,7 +42,7 @@ def _data(manifest: dict) -> str:
 
 def model_card(config: SSAConfig, manifest: dict, parity: dict, name: str, evaluated: dict | None = None) -> str:
     """Markdown with the Hub's metadata block. evaluated: see `measured`."""
-    c = config
+    c, kind = config, KINDS[config.attention_kind]
     heads = f"{c.num_attention_heads} query heads in {c.num_key_value_heads} groups of {c.head_dim} channels"
     return f"""---
 library_name: transformers
@@ -59,7 +52,7 @@ tags: [ssa, sparse-attention, pretrained]
 # {name}
 
 A {parity["parameters"] / 1e6:,.1f} M parameter base language model with Sparse Sparse Attention (arXiv 2511.20102),
-exported by SSA-Megatron: {KINDS[c.attention_kind]}. It continues text; it was not tuned to follow instructions.
+exported by SSA-Megatron: {kind.training}. It continues text; it was not tuned to follow instructions.
 
 | | |
 |---|---|
@@ -72,7 +65,7 @@ exported by SSA-Megatron: {KINDS[c.attention_kind]}. It continues text; it was n
 | recipe digest | `{manifest["recipe_digest"]}` |
 | tokenizer fingerprint | `{manifest["tokenizer_fingerprint"]}` |
 | data fingerprints | {_data(manifest)} |
-| perplexity | {_perplexity(evaluated, "sparse" if c.attention_kind in ("moba", "nsa") else "full")} |
+| perplexity | {_perplexity(evaluated, kind.inference_mode)} |
 | weights | sha256 `{parity["weights_sha256"]}` |
 
 `parity.json` records the proof made at export: every weight read back and compared bit for bit with the checkpoint, and each

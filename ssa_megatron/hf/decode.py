@@ -2,7 +2,8 @@
 
 The model's own weights and modules, with attention over `ssa_kernels.KVCache`s in place of the transformers cache; a step gives
 the logits that the model's forward gives, and in sparse mode reads the pooled keys and the selected blocks only. It serves
-`full`, `moba` and `ssa` models; `nsa`, whose other streams have no cached kernel, is refused, and is decoded by transformers.
+kinds with one gate over full or sparse attention. Other kinds, whose streams have no cached kernel, are refused; transformers
+decodes them.
 """
 
 import torch
@@ -10,18 +11,24 @@ from torch import Tensor
 
 from ssa_kernels import BlockSpec, KVCache, cached_attention
 from ssa_megatron.errors import ConfigError
+from ssa_megatron.hf.bundle.configuration_ssa import MODES
 from ssa_megatron.hf.bundle.positions_ssa import rotary_table, rotate, wide
+
+
+def decodes(config) -> bool:
+    """Whether `Decoder` serves models of this SSAConfig, in every mode."""
+    return all(config.computed_streams(mode) == [mode] for mode in MODES)
 
 
 class Decoder:
     """One batch being continued. Feed the prompts with `prefill`, then one token a row with `step`."""
 
     def __init__(self, model, batch: int, capacity: int, *, mode: str | None = None, block_count: int | None = None):
-        """model: SSAForCausalLM. capacity: tokens a row may come to, prompt included. Raises ConfigError for nsa."""
+        """model: SSAForCausalLM. capacity: tokens a row may come to, prompt included. Raises ConfigError where not `decodes`."""
         c = model.config
-        if c.attention_kind == "nsa":
+        if not decodes(c):
             raise ConfigError(
-                "attention_kind=nsa has no cached kernels",
+                f"attention_kind={c.attention_kind} has no cached kernels",
                 remedy="generate with transformers instead",
                 id="kind-not-cached",
             )

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ssa_megatron.config.variants import KINDS
 from ssa_megatron.errors import CheckpointError, ConfigError, DataProblem
 from ssa_megatron.hf.bundle.configuration_ssa import SSAConfig
 from ssa_megatron.hf.bundle.modeling_ssa import SSAForCausalLM
@@ -88,10 +89,11 @@ def _open(source, step: int | None):
 
 
 def config_of(recipe: dict) -> SSAConfig:
-    """The exported configuration of a resolved recipe. Raises CheckpointError for one this release does not know."""
+    """The exported configuration of a resolved recipe. Raises CheckpointError for one this release does not know, and
+    ConfigError for a kind that cannot be exported."""
     try:
         model, attention = recipe["model"], recipe["attention"]
-        scaling = model["rope_scaling"]
+        scaling, kind = model["rope_scaling"], attention["kind"]
         return SSAConfig(
             vocab_size=model["vocab_size"],
             hidden_size=model["hidden_size"],
@@ -106,7 +108,8 @@ def config_of(recipe: dict) -> SSAConfig:
             rms_norm_eps=model["norm_eps"],
             initializer_range=model["init_std"],
             tie_word_embeddings=model["tied_embeddings"],
-            attention_kind=attention["kind"],
+            attention_kind=kind,
+            streams=KINDS[kind].exported_streams() if kind in KINDS else None,
             block_size=attention["block_size"],
             block_count=attention["block_count"],
             topk=attention["topk"],

@@ -12,14 +12,16 @@ import torch
 from torch import Tensor
 
 from ssa_megatron.config import Recipe
+from ssa_megatron.config.sections import Attention
 from ssa_megatron.config.variants import KINDS
 from ssa_megatron.errors import CheckpointError, ConfigError
 from ssa_megatron.hf.folder import HubFolder
 from ssa_megatron.model.shapes import global_shapes
 
 GATE, OUTPUT = ".self_attn.g_proj.weight", ".self_attn.o_proj.weight"
+THEIR_STREAMS = ("compressed", "sparse", "window")
+"""Streams of the authors' NSA, in the order of its gates. Their other kinds have three gates too and multiply by the second."""
 SELECTED = 1
-"""Of the authors' three gates a head (compressed, selected, window), the one their other kinds multiply by."""
 SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
@@ -118,9 +120,9 @@ def _llama_weight(folder: HubFolder, name: str, shape: tuple[int, ...], kind: st
 
 
 def _authors_weight(folder: HubFolder, name: str, shape: tuple[int, ...], kind: str) -> Tensor:
-    if not name.endswith(GATE) or kind == "nsa":
+    if not name.endswith(GATE) or KINDS[kind].streams == THEIR_STREAMS:
         return _stored(folder, name, shape)
-    return _stored(folder, name, (3 * shape[0], shape[1]))[SELECTED::3].contiguous()
+    return _stored(folder, name, (len(THEIR_STREAMS) * shape[0], shape[1]))[SELECTED::3].contiguous()
 
 
 # ------------------------------------------------------------------------------------------------------------ config
@@ -133,6 +135,13 @@ def _ours(folder: HubFolder) -> Origin:
             remedy=f"known: {', '.join(KINDS.names())}",
             id="unknown-attention-kind",
         )
+    streams = KINDS[kind].exported_streams()
+    if tuple(c.get("streams") or streams) != streams:
+        raise CheckpointError(
+            f"{folder.path}: attention_kind {kind!r} has the streams {', '.join(c['streams'])}, here {', '.join(streams)}",
+            remedy="import it with the code that trained it",
+            id="other-streams",
+        )
     names = ("block_size", "block_count", "topk", "window", "alignment_weight", "sparse_probability")
     attention = {name: c[name] for name in names if name in c}
     alike = (k for k in KINDS.names() if KINDS[k].gates == KINDS[kind].gates and k != kind)
@@ -141,8 +150,14 @@ def _ours(folder: HubFolder) -> Origin:
 
 def _llama(folder: HubFolder) -> Origin:
     _refuse_unlike_llama(folder)
-    kinds = ("ssa", "full", "moba")  # nsa's compressed and window streams are nothing a Llama has
-    return Origin(_model(folder, eps=1e-6, theta=10000.0, tied=False), {}, kinds, _llama_weight, _is_buffer)
+    return Origin(_model(folder, eps=1e-6, theta=10000.0, tied=False), {}, _plain_kinds(), _llama_weight, _is_buffer)
+
+
+def _plain_kinds() -> tuple[str, ...]:
+    """Kinds with one gate over full or sparse attention, which a Llama also computes; the recipe's default first."""
+    default = Attention.model_fields["kind"].default
+    plain = (k for k in KINDS.names() if KINDS[k].gates == 1 and {"full", "sparse"}.issuperset(KINDS[k].streams))
+    return tuple(sorted(plain, key=lambda kind: kind != default))
 
 
 def _authors(folder: HubFolder) -> Origin:
@@ -150,9 +165,10 @@ def _authors(folder: HubFolder) -> Origin:
     _refuse_unlike_llama(folder)
     size, count, window = (_entry(folder, name) for name in ("block_size", "block_counts", "window_size"))
     attention = {"block_size": size, "block_count": count}
-    attention |= {"topk": "authors"} if (size, count) == (16, 16) else {}
+    attention |= {"topk": "reference"} if (size, count) == (16, 16) else {}
     attention |= {"window": window} if window else {}
-    kinds = ("nsa",) if window else ("", "ssa", "moba", "full")
+    theirs = tuple(k for k in KINDS.names() if KINDS[k].streams == THEIR_STREAMS)
+    kinds = theirs if window else ("", *_plain_kinds())
     return Origin(_model(folder, eps=1e-6, theta=10000.0, tied=False), attention, kinds, _authors_weight, _is_buffer)
 
 

@@ -16,12 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import ssa_kernels
-from ssa_megatron.config.sections import RopeScaling
+from ssa_megatron.config.sections import Attention, RopeScaling
 from ssa_megatron.errors import CheckpointError
 from ssa_megatron.hf.bundle.configuration_ssa import SSAConfig
 from ssa_megatron.hf.bundle.modeling_ssa import SSADecoderLayer
 from ssa_megatron.hf.bundle.positions_ssa import rotary_table as exported_table
 from ssa_megatron.hf.folder import HubFolder
+from ssa_megatron.model.kinds.streams import STREAMS, AttentionInputs
 from ssa_megatron.model.rope import rotary_table as trainer_table
 
 BLOCKS = 5  # of the sequence: four whole ones and a token of the next
@@ -35,7 +36,7 @@ VOCABULARY_CHUNK = 16384
 def prove(checkpoint, path: Path, config: SSAConfig, dtype: torch.dtype | None) -> dict:
     """The report for parity.json. `config` is what was exported; `dtype` what the weights were converted to, None: nothing."""
     config = copy.deepcopy(config)
-    config.topk = "exact"  # on so few blocks the authors' rule is the same
+    config.topk = "exact"  # on so few blocks the reference rule is the same
     files = _Files(checkpoint, HubFolder(path), dtype)
     tokens = torch.arange(4 * config.block_size + 1)[None] % config.vocab_size
     position = torch.arange(tokens.shape[1])[None]
@@ -179,7 +180,7 @@ def _tables(config: SSAConfig, tokens: int) -> dict:
 def _trainer_layer(w: dict[str, Tensor], x: Tensor, table, config: SSAConfig, mode: str, count: int):
     """x [1, N, hidden] -> the same, and bool [1, N]: tokens whose choice of blocks is a tie.
 
-    The equations of model/attention.py, with the functions it calls.
+    The equations of model/attention.py, with the streams that it calls.
     """
     batch, tokens, _ = x.shape
     y = _norm(x, w["input_layernorm.weight"], config)
@@ -189,14 +190,10 @@ def _trainer_layer(w: dict[str, Tensor], x: Tensor, table, config: SSAConfig, mo
     gate = torch.sigmoid(y @ w["self_attn.g_proj.weight"].T).view(batch, tokens, -1, config.gates)
     q, k = (_rotated(x, table) for x in (q, k))
     spec, tied = ssa_kernels.BlockSpec(config.block_size, count), _ties(q, k, config, count)
-    if config.attention_kind == "nsa":
-        selected = gate[..., 1:2] * ssa_kernels.sparse_attention(q, k, v, spec)
-        compressed = gate[..., :1] * ssa_kernels.compressed_attention(q, k, v, spec)
-        output = compressed + selected + gate[..., 2:] * ssa_kernels.window_attention(q, k, v, config.window)
-    elif mode == "full":
-        output = gate * ssa_kernels.full_attention(q, k, v)
-    else:
-        output = gate * ssa_kernels.sparse_attention(q, k, v, spec)
+    inputs = AttentionInputs(q, k, v, gate, spec, where={}, blocks={})
+    attention, names = Attention(window=config.window), config.computed_streams(mode)
+    streams = [gate[..., i : i + 1] * STREAMS[name].forward(inputs, attention) for i, name in enumerate(names)]
+    output = sum(streams[1:], streams[0])
     x = x + output.flatten(2) @ w["self_attn.o_proj.weight"].T
     y = _norm(x, w["post_attention_layernorm.weight"], config)
     gated = F.silu(y @ w["mlp.gate_proj.weight"].T) * (y @ w["mlp.up_proj.weight"].T)

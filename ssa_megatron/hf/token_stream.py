@@ -1,6 +1,6 @@
 """Text as it is made, token by token, with what it cost: `ssa generate`, from arguments, a pipe or a terminal.
 
-One prompt at a time, in either inference mode. On CUDA the project's kernels decode (decode.py), elsewhere and for `nsa` the
+One prompt at a time, in either inference mode. On CUDA the project's kernels decode the kinds that decode.py serves, else the
 exported class with its own cache; both give the logits of the model's forward. Text goes to standard output and nothing else
 does; figures go to standard error.
 """
@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from ssa_megatron.errors import ConfigError, DataProblem
-from ssa_megatron.hf.decode import Decoder
+from ssa_megatron.hf.decode import Decoder, decodes
 from ssa_megatron.hf.generate import check_attention, open_folder
 
 HELP = "a line is a prompt; /mode full|sparse, /blocks N, an empty line or Ctrl-D ends"
@@ -118,8 +118,8 @@ class Continuation:
         return re.fullmatch(r"<0x[0-9A-F]{2}>", self.tokenizer.convert_ids_to_tokens(token) or "") is not None
 
     def _make_decoder(self):
-        s, kind = self.settings, self.model.config.attention_kind
-        if self.model.device.type == "cuda" and kind != "nsa":
+        s = self.settings
+        if self.model.device.type == "cuda" and decodes(self.model.config):
             return Decoder(self.model, 1, self.reach, mode=self.mode, block_count=s.block_count)
         return CachedModel(self.model, mode=self.mode, block_count=s.block_count)
 

@@ -9,6 +9,7 @@ from html import escape
 from typing import TypeGuard
 
 from ssa_megatron.config import Recipe
+from ssa_megatron.model.kinds import kind_of
 from ssa_megatron.report.svg import Layer, Points, chart, is_finite, power_of_ten
 
 _SMALL, _WIDE, _NARROW = (400, 214), (940, 330), (400, 290)
@@ -106,7 +107,7 @@ def _losses(lines: list[dict], extra: dict) -> str:
 
 
 def _alignment(recipe: Recipe, lines: list[dict]) -> str:
-    if recipe.attention.kind != "ssa":
+    if not kind_of(recipe).aligned:
         return absence("Alignment loss", f"Attention of kind {recipe.attention.kind} has no alignment loss.")
     points = series(lines, "alignment")
     layers, legend = _curve(points, "train", "training, each step, not weighted")

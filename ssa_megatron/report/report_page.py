@@ -14,19 +14,13 @@ from ssa_megatron.checkpoint.manifest import LATEST, MANIFEST, Manifest, committ
 from ssa_megatron.config import Recipe, dump_recipe
 from ssa_megatron.errors import CheckpointError
 from ssa_megatron.files import replace_durably
+from ssa_megatron.model.kinds import kind_of
 from ssa_megatron.model.shapes import parameter_count
 from ssa_megatron.report import report_sections as sections
 from ssa_megatron.report.figures import figures, last_finite, series, short
 from ssa_megatron.report.svg import is_finite
 from ssa_megatron.train.metrics import read_metrics
 from ssa_megatron.train.run_folder import read_recipe
-
-_KINDS = {
-    "full": "Full attention",
-    "moba": "Mixture of Block Attention",
-    "nsa": "Native Sparse Attention",
-    "ssa": "Sparse Sparse Attention",
-}
 
 
 @dataclass(frozen=True)
@@ -107,7 +101,7 @@ def _page(run: _Run, folder: Path) -> str:
 
 def _header(run: _Run) -> str:
     recipe = run.recipe
-    lead = f"{_KINDS[recipe.attention.kind]}, {_count(parameter_count(recipe))} parameters, {recipe.model.num_layers} layers"
+    lead = f"{kind_of(recipe).title}, {_count(parameter_count(recipe))} parameters, {recipe.model.num_layers} layers"
     problems = "".join(f'<p class="warn">{escape(problem)}</p>' for problem in run.problems)
     return (
         f'<header><h1>{escape(recipe.name)}</h1><p class="lead">{escape(lead)}</p>{_state(run)}{problems}'
@@ -151,8 +145,9 @@ def _headline(run: _Run) -> str:
 def _facts(run: _Run) -> str:
     recipe, environment = run.recipe, run.environment
     m, a, p, t = recipe.model, recipe.attention, recipe.parallel, recipe.train
-    field = f", {a.block_count} blocks of {a.block_size} tokens" if a.kind != "full" else ""
-    align = f", alignment weight {a.alignment_weight:g}" if a.kind == "ssa" else ""
+    kind = kind_of(recipe)
+    field = f", {a.block_count} blocks of {a.block_size} tokens" if kind.routed else ""
+    align = f", alignment weight {a.alignment_weight:g}" if kind.aligned else ""
     planned = t.steps * t.global_batch_rows * t.sequence_length
     tokens = last_finite(series(run.lines, "tokens")) if run.lines else 0.0
     seen = "unknown number" if tokens is None else f"{tokens:,.0f}"

@@ -57,7 +57,7 @@ def draw_configuration(seed: int, index: int, tiny: bool = False) -> Configurati
     group = rng.choice((1, 2, 4, 8, 16, 16, 32, 3, 5, 6, 12))
     spec = BlockSpec(rng.choice((16, 16, 16, 32, 64, 128, 24)), rng.choice((16, 16, 1, 2, 3, 4, 8, 12, 17, 33, 64)))
     if rng.random() < 0.08:
-        spec = BlockSpec(topk="authors")
+        spec = BlockSpec(topk="reference")
     dim = rng.choice((64, 64, 64, 64, 128, 128, 128, 16, 32, 80, 96, 40, 256))
     c = Configuration(
         group=group,

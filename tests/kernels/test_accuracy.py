@@ -73,9 +73,9 @@ def test_the_authors_selection_passes_and_the_exact_one_does_not_pass_for_it():
     docs = documents(1, 700, 500)
     for doc in (None, docs):
         ours, exact = (
-            ssa_kernels.select_blocks(q, k, BlockSpec(topk=kind), doc_starts=doc) for kind in ("authors", "exact")
+            ssa_kernels.select_blocks(q, k, BlockSpec(topk=kind), doc_starts=doc) for kind in ("reference", "exact")
         )
-        masks = masked.Masks(q, k, BlockSpec(topk="authors"), doc, None)
+        masks = masked.Masks(q, k, BlockSpec(topk="reference"), doc, None)
         judged = accuracy.selection(ours, q, k, masks, 8**-0.5)
         assert (int(judged.malformed), float(judged.gap) <= 1.0) == (0, True)
         assert int(accuracy.selection(exact, q, k, masks, 8**-0.5).malformed) > 0

@@ -50,7 +50,7 @@ WRONG = [
     ("spec.block_count", {"spec": BlockSpec(4, True)}),
     ("spec.block_count", {"spec": BlockSpec(4, 0)}),
     ("spec.topk", {"spec": BlockSpec(4, 2, "fast")}),
-    ("spec.topk", {"spec": BlockSpec(16, 8, "authors")}),
+    ("spec.topk", {"spec": BlockSpec(16, 8, "reference")}),
     ("trunk", {"trunk": "both"}),
     ("scale", {"scale": -1.0}),
     ("scale", {"scale": True}),

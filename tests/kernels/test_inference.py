@@ -92,7 +92,7 @@ def test_the_budget_may_change_from_call_to_call():
 
 
 def test_the_authors_selection_decodes():
-    spec = BlockSpec(16, 16, "authors")
+    spec = BlockSpec(16, 16, "reference")
     data = sequences([523], 4, 1, 8)
     cache = make_cache(False, 1, 523, 1, 8)
     fill(cache, data, [519])

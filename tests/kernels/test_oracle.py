@@ -90,7 +90,7 @@ def test_authors_selection_counts_match_the_published_measurement():
     """9 to 16 blocks, 14.25 on average and 44 % of tokens short of 16, past the first 256 tokens."""
     (q, k, _, _), _ = inputs(1, 768, 1, 1, 4, grad=False)
     index = torch.arange(256, 768, 16, dtype=torch.int32)
-    chosen = oracle.select_blocks(q[:, index], k, BlockSpec(topk="authors"), SCALE, query_index=index)
+    chosen = oracle.select_blocks(q[:, index], k, BlockSpec(topk="reference"), SCALE, query_index=index)
     count = (chosen >= 0).sum(-1).float()
     assert count.min() == 9
     assert count.max() == 16

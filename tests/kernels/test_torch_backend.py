@@ -206,9 +206,9 @@ def test_authors_selection_matches_the_oracle():
     index = torch.arange(3, 800, 7, dtype=torch.int32)
     for doc in (None, docs):
         arguments = {"doc_starts": doc, "query_index": index}
-        got = ssa_kernels.select_blocks(q[:, index], k, BlockSpec(topk="authors"), **arguments)
+        got = ssa_kernels.select_blocks(q[:, index], k, BlockSpec(topk="reference"), **arguments)
         expected = oracle.select_blocks(
-            q[:, index].double(), k.double(), BlockSpec(topk="authors"), 8**-0.5, **arguments
+            q[:, index].double(), k.double(), BlockSpec(topk="reference"), 8**-0.5, **arguments
         )
         assert torch.equal(got, expected)
 

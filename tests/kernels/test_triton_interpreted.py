@@ -142,7 +142,7 @@ else:
         (q, k, _, _), _ = inputs(1, 700, 1, 1, 16, grad=False)
         index = torch.arange(300, 700, 40, dtype=torch.int32)
         ours, theirs = (
-            ssa_kernels.select_blocks(q[:, index], k, BlockSpec(topk="authors"), query_index=index, backend=b)
+            ssa_kernels.select_blocks(q[:, index], k, BlockSpec(topk="reference"), query_index=index, backend=b)
             for b in ("triton", "torch")
         )
         assert torch.equal(ours, theirs)

@@ -126,8 +126,8 @@ CASES = {
     "a selection that does not exist": (
         CONFIG,
         "topk-shape",
-        lambda p: p.train("attention.topk=authors"),
-        ["topk=authors", "block_size=4"],
+        lambda p: p.train("attention.topk=reference"),
+        ["topk=reference", "block_size=4"],
     ),
     "kernels the machine cannot run": (
         CONFIG,

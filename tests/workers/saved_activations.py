@@ -16,6 +16,7 @@ from ssa_megatron.model.batch import ForwardContext
 from ssa_megatron.model.build import build_model
 from ssa_megatron.parallel.state import finalize, initialize
 from ssa_megatron.train.step import draw_batches
+from tests.ssa_megatron import toy_kind
 from tests.ssa_megatron.support import Rows, tiny
 
 ROW, DOCUMENT = 32, 16  # tokens
@@ -28,7 +29,10 @@ CASES = [  # attention.kind, train.recompute, train.micro_batch_rows, train.prec
     ("ssa", "full", 2, "bf16"),
     ("full", "none", 1, "bf16"),
     ("moba", "none", 1, "bf16"),
+    ("nsa", "none", 1, "bf16"),
     ("nsa", "none", 2, "bf16"),
+    (toy_kind.NAME, "none", 1, "bf16"),
+    (toy_kind.NAME, "none", 2, "bf16"),
 ]
 
 
@@ -76,9 +80,10 @@ def kept(recipe, parallel) -> int:
 def main() -> None:
     parallel = initialize(tiny())
     results = []
-    for case in CASES:
-        one, two = (kept(recipe_of(*case, layers), parallel) for layers in (1, 2))
-        results.append({"layer": two - one, "rest": 2 * one - two})
+    with toy_kind.registered():
+        for case in CASES:
+            one, two = (kept(recipe_of(*case, layers), parallel) for layers in (1, 2))
+            results.append({"layer": two - one, "rest": 2 * one - two})
     Path(sys.argv[1]).write_text(json.dumps(results))
     finalize()
 

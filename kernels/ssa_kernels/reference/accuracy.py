@@ -159,7 +159,7 @@ def selection(blocks: Tensor, q: Tensor, k: Tensor, masks: Masks, scale: float) 
 
 
 def _parts(candidate: Tensor, base: Tensor, own: Tensor, spec: BlockSpec):
-    """(candidates, how many of them are chosen): one part, or the authors' two past the first 16 blocks."""
+    """(candidates, how many of them are chosen): one part, or the reference rule's two past the first 16 blocks."""
     if spec.topk == "exact":
         yield candidate, torch.tensor(spec.block_count - 1, device=candidate.device)
         return

@@ -49,7 +49,7 @@ def select_blocks(
             for h in range(h_kv):
                 order = torch.sort(score[h], descending=True, stable=True).indices.tolist()
                 chunk = own // 16 * 16
-                if spec.topk == "authors" and chunk > 0:
+                if spec.reference and chunk > 0:
                     chosen = [j for j in order if j < chunk][:8] + [j for j in order if j >= chunk][:7]
                 else:
                     chosen = order[: count - 1]

@@ -85,7 +85,7 @@ def _select(q, k, spec, scale, doc_starts, query_index) -> Tensor:
 def _choose(score: Tensor, base: Tensor, own: Tensor, spec: BlockSpec) -> Tensor:
     """Block numbers [Hkv, chunk, block_count - 1] in ascending order, -1 last; `base` is the column of block 0."""
     slot = best(score, spec.block_count - 1)
-    if spec.topk == "authors":
+    if spec.reference:
         edge = own // 16 * 16  # blocks before the current chunk of 16
         early = (torch.arange(score.shape[-1], device=score.device) - base) < edge
         parts = torch.cat([best(score.where(early, -1.0), 8), best(score.where(~early, -1.0), 7)], -1)

@@ -171,7 +171,7 @@ def _select(
     q_ptr, high_ptr, low_ptr, doc_ptr, index_ptr, lse_ptr, key_ptr, slot_ptr, out_ptr,
     n, n_q, slots, batch, h_q: tl.constexpr, h_kv: tl.constexpr, SIZE: tl.constexpr, COUNT: tl.constexpr,
     D: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, CAPACITY: tl.constexpr,
-    HAS_DOCS: tl.constexpr, HAS_INDEX: tl.constexpr, SPLIT: tl.constexpr, AUTHORS: tl.constexpr, STAGES: tl.constexpr,
+    HAS_DOCS: tl.constexpr, HAS_INDEX: tl.constexpr, SPLIT: tl.constexpr, REFERENCE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Selections of ROWS tokens of one KV head at a time; the programs that fit the GPU share the work, longest first."""
     key_ptr += tl.program_id(0).to(tl.int64) * CAPACITY * ROWS
@@ -186,9 +186,9 @@ def _select(
         own = (t - s) // SIZE
         begins = s // SIZE
         ends = begins + own
-        # "exact": one contest for all places. "authors": the best 8 before the token's chunk of 16, and the chunk's 7.
-        edge = begins + own // 16 * 16 if AUTHORS else ends
-        keep: tl.constexpr = 8 if AUTHORS else COUNT - 1
+        # "exact": one contest for all places. "reference": the best 8 before the token's chunk of 16, and the chunk's 7.
+        edge = begins + own // 16 * 16 if REFERENCE else ends
+        keep: tl.constexpr = 8 if REFERENCE else COUNT - 1
         place = ((b * n_q + rows) * h_kv + h) * COUNT
         tl.store(out_ptr + place, own, mask=real)
         if tl.max(own, 0) < COUNT:  # every earlier block is selected
@@ -206,19 +206,19 @@ def _select(
             for first in range(begin, end + TILE, TILE):  # the last round only cuts
                 if (first >= end) | (tl.max(held, 0) > CAPACITY - TILE):
                     spare = tl.where(first < end, SPARE, 0)
-                    threshold, held = cut(key_ptr, slot_ptr, held, begins, edge, keep, spare, CAPACITY, AUTHORS)
+                    threshold, held = cut(key_ptr, slot_ptr, held, begins, edge, keep, spare, CAPACITY, REFERENCE)
                 if first < end:
                     slot = first + tl.arange(0, TILE)
                     high, low = _pooled(high_ptr + base, low_ptr + base, slot, slots, D, SPLIT, True)
                     key = _group_keys(q_ptr, lse_ptr, high, low, head, real, h_q // h_kv, D, SPLIT, STAGES)
                     slot = slot[None, :] + tl.zeros_like(key)
                     enters = (slot >= begins[:, None]) & (slot < ends[:, None])
-                    if AUTHORS:
+                    if REFERENCE:
                         enters = enters & ((key > threshold[:, None]) | (slot >= edge[:, None]))
                     else:
                         enters = enters & (key > threshold[:, None])
                     held = append(key_ptr, slot_ptr, key, slot, enters, held, CAPACITY)
-            if AUTHORS:
+            if REFERENCE:
                 late = tl.where(edge > begins, 7, COUNT - 1)
                 threshold, held = cut(key_ptr, slot_ptr, held, edge, ends, late, 0, CAPACITY, True)
             for first in range(0, COUNT - 1, CHUNK):
@@ -282,7 +282,7 @@ def _select_sorted(
     q_ptr, high_ptr, low_ptr, doc_ptr, index_ptr, lse_ptr, out_ptr,
     n, n_q, slots, h_q: tl.constexpr, h_kv: tl.constexpr, SIZE: tl.constexpr, COUNT: tl.constexpr,
     D: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, KEEP: tl.constexpr, FEW: tl.constexpr, PACKED: tl.constexpr,
-    HAS_DOCS: tl.constexpr, HAS_INDEX: tl.constexpr, SPLIT: tl.constexpr, AUTHORS: tl.constexpr, STAGES: tl.constexpr,
+    HAS_DOCS: tl.constexpr, HAS_INDEX: tl.constexpr, SPLIT: tl.constexpr, REFERENCE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Selections of ROWS tokens of one KV head, for budgets whose lists of candidates fit in registers."""
     h, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -292,7 +292,7 @@ def _select_sorted(
     own = (t - s) // SIZE
     begins = s // SIZE
     ends = begins + own
-    edge = (begins + own // 16 * 16)[:, None]  # authors' rule only: where the current chunk of 16 begins
+    edge = (begins + own // 16 * 16)[:, None]  # reference rule only: where the current chunk of 16 begins
     base = (b * h_kv + h) * slots * D
     head = (b * n_q + rows) * h_q + h * (h_q // h_kv)
     rank = tl.arange(0, KEEP)[None, :]
@@ -307,15 +307,15 @@ def _select_sorted(
             key = _group_keys(q_ptr, lse_ptr, high, low, head, real, h_q // h_kv, D, SPLIT, STAGES)
             seen = (slot[None, :] >= begins[:, None]) & (slot[None, :] < ends[:, None])
             before = seen & (slot[None, :] < edge)
-            late = (seen & (slot[None, :] >= edge)) if AUTHORS else seen
+            late = (seen & (slot[None, :] >= edge)) if REFERENCE else seen
             if PACKED:
                 key = _packed(key, h_q == h_kv)
-                if AUTHORS:
+                if REFERENCE:
                     early = _insert(early, tl.where(before, key, LOWEST), first)
                 best = _insert(best, tl.where(late, key, LOWEST), first)
             else:  # unsigned, over a low word that makes keys distinct, lower slots larger
                 key = ((key ^ LOWEST).to(tl.int64) & 0xFFFFFFFF) << 31 | (slot ^ HIGHEST)[None, :].to(tl.int64)
-                if AUTHORS:
+                if REFERENCE:
                     early = _merge(early, tl.where(before, key, ABSENT), KEEP, FEW)
                 best = _merge(best, tl.where(late, key, ABSENT), KEEP, FEW)
     least: tl.constexpr = nothing + (1 << 32)
@@ -323,7 +323,7 @@ def _select_sorted(
     slot = (best & HIGHEST).to(tl.int32) ^ HIGHEST
     block = tl.where((best >= least) & (rank < COUNT - 1), slot - begins[:, None], HIGHEST)
     column = rank
-    if AUTHORS:
+    if REFERENCE:
         early = tl.topk(early, KEEP)
         slot = (early & HIGHEST).to(tl.int32) ^ HIGHEST
         old = tl.where((early >= least) & (rank < 8), slot - begins[:, None], HIGHEST)
@@ -383,7 +383,7 @@ def select_blocks(
         )  # fmt: skip
     out = torch.empty(batch, n_q, h_kv, spec.block_count, dtype=torch.int32, device=device)
     rows, tile = config.select_rows, config.select_tile
-    flags |= {"AUTHORS": spec.topk == "authors", "STAGES": config.select_stages}
+    flags |= {"REFERENCE": spec.reference, "STAGES": config.select_stages}
     flags |= {"num_warps": config.select_warps, "maxnreg": config.select_registers}
     if spec.block_count <= config.select_sorted:
         keep = max(2, triton.next_power_of_2(max(1, spec.block_count - 1)))

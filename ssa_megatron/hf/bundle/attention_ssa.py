@@ -50,8 +50,8 @@ def select_blocks(q_bkgtd, pooled_bkmd, position_bt, config, block_count, scores
     index = torch.arange(blocks, device=own.device)
     score = scores(q_bkgtd, pooled_bkmd, position_bt, config.block_size)
     chosen = best_blocks(score, min(block_count - 1, blocks))
-    # the authors' kernel keeps the best 8 of the earlier chunks and the best of the current chunk of 16
-    if config.topk == "authors":
+    # the reference kernel keeps the best 8 of the earlier chunks and the best of the current chunk of 16
+    if config.topk == "reference":
         edge = own[..., None] // 16 * 16
         parts = (
             best_blocks(score.masked_fill(index >= edge, -1.0), 8),
@@ -144,7 +144,7 @@ def sparse_stream(q, k, v, pooled_k, position_bt, start_b, config, block_count, 
 
 
 def compressed_stream(q, pooled_k, pooled_v, position_bt, config):
-    """nsa: attention to the pooled keys and values of the complete blocks, zero where there is none, [B, H, T, D]."""
+    """Attention to the pooled keys and values of the complete blocks, zero where there is none, [B, H, T, D]."""
     batch, heads, tokens, _ = q.shape
     blocks = pooled_k.shape[2]
     if blocks == 0:
@@ -162,7 +162,7 @@ def compressed_stream(q, pooled_k, pooled_v, position_bt, config):
 
 
 def window_stream(q, k, v, position_bt, start_b, window):
-    """nsa: causal attention over the last `window` tokens, own included, [B, H, T, D]."""
+    """Causal attention over the last `window` tokens, own included, [B, H, T, D]."""
     tokens, total = q.shape[2], k.shape[2]
     index = torch.arange(total, device=q.device) - (0 if start_b is None else start_b[:, None])
     past = total - tokens

@@ -38,7 +38,9 @@ def pool_blocks(x_bknd, first_block, count, block_size, start_b):
 
 
 class SSALayer(DynamicLayer):
-    """One layer's cache: keys and values, and the pooled keys (nsa: and values) of the blocks completed so far.
+    """One layer's cache: keys and values, and the pooled keys of the blocks completed so far.
+
+    A compressed stream pools values too.
 
     Keys and values live in buffers with room to grow, so a step copies its own tokens and not the history; pooling
     touches only the blocks that the new tokens complete. Everything transformers does to a cache (beam reordering,

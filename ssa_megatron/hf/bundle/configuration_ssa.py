@@ -1,4 +1,4 @@
-"""Configuration of an SSA language model: a Llama block with a gate per head and full, moba, nsa or ssa attention.
+"""Configuration of an SSA language model: a Llama block whose attention is a sum of streams, each with a gate per query head.
 
 RoPE settings are kept as `rope_parameters` (one dict with `rope_type` and `rope_theta`), which transformers 4.57 and
 5.x both round-trip; `rope_theta` and `rope_scaling` are accepted and can be read back. An unknown attention kind,
@@ -9,9 +9,18 @@ transformers only.
 
 from transformers import PretrainedConfig
 
-KINDS = ("full", "moba", "nsa", "ssa")
+STREAMS = ("full", "sparse", "compressed", "window", "trunk")
+"""`trunk` is full or sparse as the mode says, and in training both, with an alignment loss between them."""
+KINDS = {
+    "full": ("full",),
+    "moba": ("sparse",),
+    "nsa": ("compressed", "sparse", "window"),
+    "ssa": ("trunk",),
+}
+"""The streams of each attention kind, a gate each. For other kinds config.json gives `streams`."""
 MODES = ("full", "sparse")
-TOPK = ("exact", "authors")
+TOPK = ("exact", "reference")
+OLD_TOPK = {"authors": "reference"}
 SPARSE_BACKENDS = ("auto", "torch")
 ROPE_NEEDS = {
     "default": (),
@@ -51,14 +60,16 @@ class SSAConfig(PretrainedConfig):
     """See the arguments' names; sizes are those of the paper's 1B model where no value is given.
 
     `block_size` tokens make a block and each token attends to `block_count` of them in sparse mode, its own included.
-    `window` (tokens) is used by `nsa`; `alignment_weight` and `sparse_probability` (how often the residual follows the
-    sparse stream) by `ssa` in training. `inference_mode` is what a forward runs
-    unless it is told otherwise: "full" attends to everything, "sparse" to the selected blocks; None means sparse for
-    moba and nsa (they train that way) and full for the others. `sparse_backend` "auto" runs sparse attention without
+    `window` (tokens) is used by the window stream; `alignment_weight` and `sparse_probability` (how often the residual
+    follows the sparse stream) by `ssa` in training. `streams` are those of an `attention_kind` that KINDS does not list,
+    in the order of their gates. `inference_mode` is what a forward runs unless it is told otherwise: "full" attends to
+    everything, "sparse" to the selected blocks; None means the mode that the kind trains in: sparse for moba and nsa, full
+    for kinds with a full stream. `sparse_backend` "auto" runs sparse attention without
     gradients in the Triton kernels beside this file, where there is an NVIDIA GPU and triton; "torch" in PyTorch everywhere.
     """
 
     model_type = "ssa"
+    streams = None
     # what Trainer must not gather as a prediction, by both its names (5.24 renamed it)
     keys_to_ignore_at_inference = ["past_key_values", "cache"]  # noqa: RUF012 - an annotation makes it a field in 5.x
 
@@ -78,6 +89,7 @@ class SSAConfig(PretrainedConfig):
         rms_norm_eps=1e-5,
         initializer_range=0.02,
         attention_kind="ssa",
+        streams=None,
         block_size=16,
         block_count=16,
         topk="exact",
@@ -104,20 +116,22 @@ class SSAConfig(PretrainedConfig):
         self.rms_norm_eps = rms_norm_eps
         self.initializer_range = initializer_range
         self.attention_kind = attention_kind
+        if streams is not None and tuple(streams) != KINDS.get(attention_kind):
+            self.streams = list(streams)
         self.block_size = block_size
         self.block_count = block_count
         self.topk = topk
         self.window = window
         self.alignment_weight = alignment_weight
         self.sparse_probability = sparse_probability
-        if inference_mode is None:
-            inference_mode = "sparse" if attention_kind in ("moba", "nsa") else "full"
         self.inference_mode = inference_mode
         self.sparse_backend = sparse_backend
         self.use_cache = use_cache
         if num_attention_heads % num_key_value_heads:
             raise ValueError(f"num_key_value_heads={num_key_value_heads} must divide {num_attention_heads} query heads")
         self.check_attention()
+        if inference_mode is None:
+            self.inference_mode = "full" if {"full", "trunk"} & set(self.gated_streams) else "sparse"
         # `rope_parameters` wins: it is what a saved config holds, and what transformers 5 renames `rope_scaling` to.
         self.rope_parameters = checked_rope(rope_parameters or rope_scaling or {}, rope_theta)
         self.rope_theta = self.rope_parameters["rope_theta"]
@@ -134,18 +148,48 @@ class SSAConfig(PretrainedConfig):
 
     def check_attention(self):
         """Raises ValueError for what no forward can run."""
-        check_choice("attention_kind", self.attention_kind, KINDS)
-        check_choice("topk", self.topk, TOPK)
-        check_choice("inference_mode", self.inference_mode, MODES)
+        if self.attention_kind in KINDS:
+            if self.streams is not None:
+                raise ValueError(f"attention_kind={self.attention_kind!r} does not have the streams {self.streams}")
+        elif not self.streams:
+            known = ", ".join(KINDS)
+            raise ValueError(f"attention_kind={self.attention_kind!r} is not one of {known}, and streams are not given")
+        for name in self.gated_streams:
+            check_choice("streams", name, STREAMS)
+        self.topk = check_choice("topk", OLD_TOPK.get(self.topk, self.topk), TOPK)
+        if self.inference_mode is not None:
+            check_choice("inference_mode", self.inference_mode, MODES)
         check_choice("sparse_backend", self.sparse_backend, SPARSE_BACKENDS)
         if min(self.block_size, self.block_count, self.window) < 1:
             sizes = f"block_size={self.block_size}, block_count={self.block_count} and window={self.window}"
             raise ValueError(f"{sizes} must be at least 1")
 
     @property
+    def gated_streams(self):
+        """The attention kind's streams, in the order of their gates."""
+        return KINDS.get(self.attention_kind) or tuple(self.streams)
+
+    @property
     def gates(self):
-        """Gates per query head; nsa's are, in order, for the compressed, the selected and the window stream."""
-        return 3 if self.attention_kind == "nsa" else 1
+        """Gates per query head."""
+        return len(self.gated_streams)
+
+    @property
+    def aligned(self):
+        """Whether training adds an alignment loss."""
+        return "trunk" in self.gated_streams
+
+    def computed_streams(self, mode):
+        """What a forward in `mode` computes for each gate: `full`, `sparse`, `compressed` or `window`.
+
+        The mode decides a trunk. Sparse mode also replaces full attention; full mode replaces sparse attention, but not in a
+        kind that has both: full mode is how it trains.
+        """
+        if mode == "sparse":
+            decided = ("trunk", "full")
+        else:
+            decided = ("trunk",) if "full" in self.gated_streams else ("trunk", "sparse")
+        return [mode if name in decided else name for name in self.gated_streams]
 
     @property
     def rope_scaling(self):

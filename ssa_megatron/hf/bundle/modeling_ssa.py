@@ -91,38 +91,42 @@ class SSAAttention(nn.Module):
         q, k = rotate(q, table), rotate(k, table)
         if cache is not None:
             k, v = cache.update(k, v, self.layer_idx)
-        nsa = config.attention_kind == "nsa"
+        names = config.computed_streams(mode)
         pooled_k = pooled_v = None
-        if nsa or align or mode == "sparse":
+        if align or "sparse" in names or "compressed" in names:
+            values = "compressed" in names
             if cache is not None:
-                pooled_k, pooled_v = cache.layers[self.layer_idx].pool(config.block_size, start_b, nsa)
+                pooled_k, pooled_v = cache.layers[self.layer_idx].pool(config.block_size, start_b, values)
             else:
                 count = k.shape[2] // config.block_size
                 pooled_k = pool_blocks(k, 0, count, config.block_size, start_b)
-                pooled_v = pool_blocks(v, 0, count, config.block_size, start_b) if nsa else None
+                pooled_v = pool_blocks(v, 0, count, config.block_size, start_b) if values else None
 
-        def stream(kind):
-            if outside is not None:
-                found, _ = outside(self, q, k, v, None, scaling=config.head_dim**-0.5)
-                return found.reshape(batch, tokens, -1, config.head_dim).transpose(1, 2)
-            if kind == "full":
-                return full_stream(q, k, v, position_bt, start_b)
+        def sparse():
             kernels = kernels_for(config, q, k, v)
             return sparse_stream(q, k, v, pooled_k, position_bt, start_b, config, block_count, kernels)
 
+        def replaced():
+            found, _ = outside(self, q, k, v, None, scaling=config.head_dim**-0.5)
+            return found.reshape(batch, tokens, -1, config.head_dim).transpose(1, 2)
+
+        streams = {
+            "full": partial(full_stream, q, k, v, position_bt, start_b) if outside is None else replaced,
+            "sparse": sparse,
+            "compressed": partial(compressed_stream, q, pooled_k, pooled_v, position_bt, config),
+            "window": partial(window_stream, q, k, v, position_bt, start_b, config.window),
+        }
         loss = None
         if align:
-            gated = {kind: gate * stream(kind) for kind in MODES}
+            gated = {name: gate * streams[name]() for name in MODES}
             full, sparse = gated["full"], gated["sparse"]
             loss = F.smooth_l1_loss(full, sparse.detach(), reduction="none")
             loss = (loss + F.smooth_l1_loss(full.detach(), sparse, reduction="none")).mean((1, 3))
             output = gated[mode]
-        elif nsa:
-            output = gate[..., :1] * compressed_stream(q, pooled_k, pooled_v, position_bt, config)
-            output = output + gate[..., 1:2] * stream(mode)
-            output = output + gate[..., 2:] * window_stream(q, k, v, position_bt, start_b, config.window)
         else:
-            output = gate * stream(mode)
+            output = gate[..., :1] * streams[names[0]]()
+            for i, name in enumerate(names[1:], 1):
+                output = output + gate[..., i : i + 1] * streams[name]()
         return self.o_proj(output.to(x.dtype).transpose(1, 2).flatten(2)), loss
 
     def _projections(self):
@@ -281,9 +285,10 @@ class SSAModel(SSAPreTrainedModel):
         name = self.config._attn_implementation
         if name in (None, "sdpa", "eager"):
             return None
-        if mode != "full" or self.config.attention_kind == "nsa" or more:
+        if self.config.computed_streams(mode) != ["full"] or more:
             raise ValueError(
-                f"attn_implementation={name!r} runs full mode only, not nsa, without padding, cache and alignment loss"
+                f"attn_implementation={name!r} runs full mode only, of kinds with one stream, "
+                "without padding, cache and alignment loss"
             )
         return partial(ALL_ATTENTION_FUNCTIONS[name], **kwargs)
 
@@ -349,7 +354,7 @@ class SSAForCausalLM(SSAPreTrainedModel, GenerationMixin):
         if trunk is not None and inference_mode not in (None, trunk):
             raise ValueError(f"trunk={trunk!r} and inference_mode={inference_mode!r} contradict each other")
         mode = trunk or inference_mode
-        align = self.training and labels is not None and self.config.attention_kind == "ssa"
+        align = self.training and labels is not None and self.config.aligned
         if align and mode is None:
             mode = "sparse" if torch.rand(()).item() < self.config.sparse_probability else "full"
         output = self.model(

@@ -119,7 +119,7 @@ def test_statistics_match_fp64():
 
 def test_the_authors_selection_is_the_authors():
     leaves, _, _, _ = build((1500, 32, 2, 64, 16, 16, 0, 0), torch.bfloat16)
-    spec = BlockSpec(topk="authors")
+    spec = BlockSpec(topk="reference")
     for docs in (None, documents(2, 1500, 600, seed=3).cuda()):
         blocks = ssa_kernels.select_blocks(*leaves[:2], spec, doc_starts=docs, backend="triton")
         check_selection(blocks, leaves, spec, {"doc_starts": docs, "query_index": None})

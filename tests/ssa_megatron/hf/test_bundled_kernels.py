@@ -83,11 +83,11 @@ if INSIDE:
         monkeypatch.setattr(modeling_ssa, "kernels_for", serve)
         return served
 
-    MODELS = [("ssa", (6, 2), "exact"), ("nsa", (4, 4), "exact"), ("moba", (4, 1), "authors")]
+    MODELS = [("ssa", (6, 2), "exact"), ("nsa", (4, 4), "exact"), ("moba", (4, 1), "reference")]
 
     @pytest.mark.parametrize(("kind", "heads", "topk"), MODELS)
     def test_a_models_logits_whole_padded_and_cached_are_pytorchs(kind, heads, topk, calls):
-        authors = {"block_size": 4, "block_count": 16} if topk == "authors" else {}
+        authors = {"block_size": 4, "block_count": 16} if topk == "reference" else {}
         model = build(kind, heads=heads, topk=topk, **authors)
         model.config.sparse_backend = "auto"
         tokens, mask = tokens_of(74, 2), torch.ones(2, 74, dtype=torch.long)

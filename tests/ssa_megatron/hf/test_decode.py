@@ -30,7 +30,7 @@ def test_prefill_and_steps_give_the_models_logits_row_by_row(kind, mode):
 
 def test_budget_and_rule_of_selection_are_taken_from_the_call_and_the_config():
     model, _, _ = build("ssa", block_count=16)
-    model.config.topk = "authors"
+    model.config.topk = "reference"
     tokens = tokens_of(600)
     with torch.no_grad():
         want = model(tokens, inference_mode="sparse").logits[:, -1]

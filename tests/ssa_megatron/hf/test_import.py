@@ -178,14 +178,14 @@ def test_the_authors_models_compute_their_equations(tmp_path, tokenizer, kind):
     weights = authors_folder(tmp_path / "hf", tokenizer, window_size=window)
     recipe = import_folder(tmp_path / "hf", tmp_path / "run", [] if window else [f"attention.kind={kind}"])
     a = recipe.attention
-    assert (a.kind, a.topk, a.block_size, a.block_count, a.window) == (kind, "authors", 16, 16, 128)
+    assert (a.kind, a.topk, a.block_size, a.block_count, a.window) == (kind, "reference", 16, 16, 128)
     ours, tokens = load(export(tmp_path / "run", tmp_path / "out")), tokens_of(600)
     for mode, alike in {"sparse": kind, "full": "full"}.items():
         if (mode == "full") == (kind in ("ssa", "full")) or (kind == "ssa"):
             with torch.no_grad():
                 got = ours(tokens, inference_mode=mode).logits
             want = authors_logits(
-                weights, tokens, "moba" if (alike, mode) == ("ssa", "sparse") else alike, 128, "authors"
+                weights, tokens, "moba" if (alike, mode) == ("ssa", "sparse") else alike, 128, "reference"
             )
             assert (got - want).abs().max() <= 1e-5 * want.abs().max()
 

@@ -96,7 +96,7 @@ def test_set_attention_changes_what_a_plain_call_runs():
 
 # ------------------------------------------------------------------------------------------------ routing and positions
 @torch.no_grad()
-@pytest.mark.parametrize("topk", ["exact", "authors"])
+@pytest.mark.parametrize("topk", ["exact", "reference"])
 def test_selection_is_that_of_the_training_kernels(topk):
     generator = torch.Generator().manual_seed(3)
     q = torch.randn(2, 700, 6, 8, generator=generator, dtype=torch.float64)

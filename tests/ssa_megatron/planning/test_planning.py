@@ -1,6 +1,7 @@
 """The plan against the trainer itself (bytes held, sent, kept for backward), and its arithmetic where no trainer is at hand."""
 
 import json
+from collections.abc import Iterator
 
 import pytest
 
@@ -11,6 +12,7 @@ from ssa_megatron.planning.communication import traffic
 from ssa_megatron.planning.memory import in_flight, memory
 from ssa_megatron.planning.rank_shapes import parameters, rank_shapes
 from tests.launch import run
+from tests.ssa_megatron import toy_kind
 from tests.ssa_megatron.support import tiny
 from tests.workers.saved_activations import CASES, DOCUMENT, recipe_of
 
@@ -43,7 +45,13 @@ def test_states_and_traffic_are_the_trainers_to_the_byte(world, rows, tmp_path):
                 assert sum(t.payload for t in of_it) == sent, (overrides, of_it)
 
 
-def test_activations_are_those_autograd_keeps_to_the_byte(tmp_path):
+@pytest.fixture
+def toy() -> Iterator[None]:
+    with toy_kind.registered():
+        yield
+
+
+def test_activations_are_those_autograd_keeps_to_the_byte(tmp_path, toy):
     out = tmp_path / "kept.json"
     run(1, "tests.workers.saved_activations", str(out), timeout=240, TRITON_INTERPRET="1")
     for case, kept in zip(CASES, json.loads(out.read_text()), strict=True):
