@@ -138,7 +138,9 @@ def check(recipe: Recipe, world: int, gpu: Hardware) -> None:
         if len(found) >= 2:
             break
         found += nearest(recipe, _evaluated(other, world, gpu), count=1)
-    remedy = f"{rule.remedy}; legal for {world} process(es): {', or '.join(found)}"
+    remedy = rule.remedy
+    if found:  # none, if no way of cutting mends it
+        remedy += f"; legal for {world} process(es): {', or '.join(found)}"
     if worlds := _other_worlds(recipe, world):
         remedy += f"; as it is, legal for {' or '.join(map(str, worlds))}"
     raise topology.refusal(rule, recipe, world, remedy=remedy)
