@@ -40,11 +40,12 @@ def train(
     ] = None,
 ) -> None:
     """Pretrain, or continue the run in the folder. Alone in one process, or on many under torchrun."""
-    from ssa_megatron.train.output import outlive_readers
+    from ssa_megatron.train.output import log_to_stderr, outlive_readers
     from ssa_megatron.train.profile_request import parse_range
     from ssa_megatron.train.signals import StopRequest
 
     outlive_readers()
+    log_to_stderr()
     stop = StopRequest().listen()  # before anything slow: a signal may come at any time
     from ssa_megatron.config import load_recipe
 

@@ -5,6 +5,7 @@ another rank, the watchdog's verdict, a request for a profile. What cannot be wr
 """
 
 import faulthandler
+import logging
 import os
 import socket
 import sys
@@ -19,6 +20,7 @@ from ssa_megatron.train import heartbeat_file, profile_request, prometheus
 from ssa_megatron.train.signals import StopRequest
 from ssa_megatron.train.watchdog import Watch
 
+log = logging.getLogger("ssa.watchdog")
 EXPOSITION = 15.0  # seconds between two versions of metrics.prom
 
 
@@ -120,7 +122,7 @@ class Heartbeat:
             heard = {rank: self._read(rank) for rank in self._watch.ranks}
             news = self._watch.look(heard, self._facts(), time.monotonic(), heard=sent)
             for text in news.said:
-                print(f"watchdog: {text}", file=sys.stderr, flush=True)
+                log.warning(text)
             for beat in heard.values():
                 if beat and beat["stop"] and beat["phase"] != "ended":
                     self._stop.ask(_of_rank(beat))
@@ -150,9 +152,9 @@ class Heartbeat:
                 file.flush()
                 faulthandler.dump_traceback(file, all_threads=True)
         except OSError as problem:
-            print(f"watchdog: no stacks of rank {self._parallel.rank}: {problem}", file=sys.stderr)
+            log.warning("no stacks of rank %d: %s", self._parallel.rank, problem)
         if wait:
-            print(f"watchdog: {self._verdict}\n  stacks of all ranks: {self._run / 'logs'}", file=sys.stderr)
+            log.error("%s\n  stacks of all ranks: %s", self._verdict, self._run / "logs")
         time.sleep(wait)
         self.exit_code = EXIT_HUNG
         self._beat()

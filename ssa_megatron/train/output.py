@@ -4,6 +4,7 @@ A line that nobody can read is dropped. It must not end a run, nor the threads t
 """
 
 import io
+import logging
 import sys
 
 
@@ -25,3 +26,17 @@ def outlive_readers() -> None:
             continue
         layers = {"encoding": stream.encoding, "errors": stream.errors, "line_buffering": True}
         setattr(sys, name, io.TextIOWrapper(io.BufferedWriter(raw), **layers))
+
+
+class _Component(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return f"{record.name.removeprefix('ssa.')}: {super().format(record)}"
+
+
+def log_to_stderr() -> None:
+    """Show what the loggers under `ssa` report as `watchdog: text`, on every rank; the progress line is not among it."""
+    logger = logging.getLogger("ssa")
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Component())
+    logger.handlers, logger.propagate = [handler], False
+    logger.setLevel(logging.INFO)

@@ -18,8 +18,19 @@ sys.exit(75)
 """
 
 
-def run(**streams) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-c", PRINTS], cwd=ROOT, env=environment(), timeout=60, **streams)
+LOGS = """
+import logging
+from ssa_megatron.train.output import log_to_stderr, outlive_readers
+outlive_readers()
+log_to_stderr()
+log_to_stderr()
+logging.getLogger("ssa.watchdog").warning("rank %d is silent", 3)
+logging.getLogger("ssa.watchdog").debug("not shown")
+"""
+
+
+def run(program: str = PRINTS, **streams) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment(), timeout=60, **streams)
 
 
 def test_every_line_arrives_where_somebody_reads():
@@ -46,3 +57,13 @@ def test_a_stream_that_is_closed_and_a_pipe_whose_reader_has_ended_end_nothing(s
         timeout=60,
     )
     assert done.returncode == 75
+
+
+def test_what_is_logged_names_its_component_once():
+    done = run(LOGS, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("", "watchdog: rank 3 is silent\n")
+
+
+def test_what_is_logged_to_a_full_disk_ends_nothing():
+    with open("/dev/full", "w") as full:
+        assert run(LOGS, stdout=full, stderr=full).returncode == 0
