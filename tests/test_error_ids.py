@@ -11,10 +11,15 @@ from pathlib import Path
 
 import pytest
 
+import ssa_cluster.errors
 import ssa_megatron.errors
 import ssa_pipelines.errors
 
-PACKAGES = {"ssa_megatron": ssa_megatron.errors.SSAError, "ssa_pipelines": ssa_pipelines.errors.DataError}
+PACKAGES = {
+    "ssa_megatron": ssa_megatron.errors.SSAError,
+    "ssa_pipelines": ssa_pipelines.errors.DataError,
+    "ssa_cluster": ssa_cluster.errors.ClusterError,
+}
 RULES = ("Rule", "_broken", "PydanticCustomError")  # their first argument becomes the id of a ConfigError
 
 
@@ -34,7 +39,7 @@ def _calls(package: str) -> Iterator[tuple[str, str, ast.Call]]:
 
 def _id_expressions(package: str) -> Iterator[tuple[str, ast.expr | None]]:
     """The id of each error that the package makes, with its position; None for an error without one."""
-    classes = {kind.__name__ for kind in _and_subclasses(PACKAGES[package])}
+    classes = {kind.__name__ for kind in _and_subclasses(PACKAGES[package])} | {"BadRecord"}  # becomes a CorpusError
     for position, name, call in _calls(package):
         if name in classes:
             yield position, next((keyword.value for keyword in call.keywords if keyword.arg == "id"), None)
@@ -46,7 +51,7 @@ def _and_subclasses(kind: type) -> list[type]:
     return [kind, *(below for child in kind.__subclasses__() for below in _and_subclasses(child))]
 
 
-@pytest.mark.parametrize("package", ["ssa_megatron"])
+@pytest.mark.parametrize("package", PACKAGES)
 def test_every_error_has_an_id(package):
     found = list(_id_expressions(package))
     assert len(found) > 20

@@ -10,11 +10,9 @@ import socket
 
 import psutil
 
+from ssa_cluster.errors import AddressProblem
+
 ELSEWHERE = "192.0.2.1"  # of no machine (RFC 5737): its route is the default one
-
-
-class AddressProblem(Exception):
-    """The rendezvous host cannot be resolved, or not to something that other machines could reach."""
 
 
 def resolve(host: str) -> str:
@@ -22,7 +20,8 @@ def resolve(host: str) -> str:
     try:
         found = [str(entry[4][0]) for entry in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)]
     except OSError as error:
-        raise AddressProblem(f"--host {host} cannot be resolved here: {error.strerror}; give an IP address") from None
+        problem = f"--host {host} cannot be resolved here: {error.strerror}; give an IP address"
+        raise AddressProblem(problem, id="host-unresolved") from None
     return min(found, key=_is_loopback)
 
 
@@ -40,14 +39,16 @@ def own_address(host: str, *, hosting: bool, nodes: int) -> str:
         except AddressProblem:
             raise AddressProblem(
                 f"--host {host} is {address} on the machine itself, and no default route tells which of its addresses others "
-                f"use: give one, of {', '.join(a for a in _interfaces() if not _is_loopback(a)) or 'none but loopback'}"
+                f"use: give one, of {', '.join(a for a in _interfaces() if not _is_loopback(a)) or 'none but loopback'}",
+                id="host-is-loopback",
             ) from None
     if not hosting or _is_loopback(address):
         return _source_towards(address)
     if address not in _interfaces():
         raise AddressProblem(
-            f"--host {host} is {address}, which is no address of this machine (node rank 0 of {nodes}); "
-            f"it has {', '.join(a for a in _interfaces() if not _is_loopback(a)) or 'none but loopback'}"
+            f"--host {host} is {address}, which is not an address of this machine (node rank 0 of {nodes}); "
+            f"it has {', '.join(a for a in _interfaces() if not _is_loopback(a)) or 'none but loopback'}",
+            id="host-elsewhere",
         )
     return address
 
@@ -64,7 +65,7 @@ def _source_towards(address: str) -> str:
         try:
             probe.connect((address, 9))
         except OSError as error:
-            raise AddressProblem(f"no route to {address}: {error.strerror}") from None
+            raise AddressProblem(f"no route to {address}: {error.strerror}", id="no-route") from None
         return probe.getsockname()[0]
 
 

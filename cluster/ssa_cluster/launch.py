@@ -22,7 +22,8 @@ import time
 from itertools import pairwise
 from pathlib import Path
 
-from ssa_cluster.addresses import AddressProblem, interface, own_address, resolve
+from ssa_cluster.addresses import interface, own_address, resolve
+from ssa_cluster.errors import AddressProblem
 from ssa_cluster.exit_codes import FORWARDED, START_AGAIN, Interrupted, RestartBudget, say
 
 PORT = 29500
@@ -121,7 +122,7 @@ def main(arguments: list[str] | None = None) -> int:
         with tempfile.TemporaryDirectory(prefix="ssa-launch-") as logs:
             code = _launch(options, host, address, Path(logs))
     except AddressProblem as problem:
-        say(str(problem))
+        say(f"error[{problem.id}]: {problem}")
         return 7
     except Interrupted as reason:
         say(f"{reason}; the same command starts the run")

@@ -23,7 +23,8 @@ from pathlib import Path
 
 import yaml
 
-from ssa_cluster.site_settings import CLUSTER, Refused, check_time, read_networks, read_site
+from ssa_cluster.errors import Refused
+from ssa_cluster.site_settings import CLUSTER, check_time, read_networks, read_site
 
 PACKAGES = ("ssa_megatron", "ssa_kernels", "ssa_pipelines", "ssa_cluster")
 TEMPLATES = tuple(sorted(path.stem for path in (CLUSTER / "templates").glob("*.sbatch")))
@@ -36,10 +37,13 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         _submit(options)
     except Refused as reason:
-        print(f"error: {reason}", file=sys.stderr)
+        print(f"error[{reason.id}]: {reason}", file=sys.stderr)
         return 2
     except OSError as problem:
-        print(f"error: --run-folder {options.run_folder} cannot be made or written: {problem}", file=sys.stderr)
+        print(
+            f"error[run-folder-not-written]: --run-folder {options.run_folder} cannot be made or written: {problem}",
+            file=sys.stderr,
+        )
         return 2
     return 0
 
@@ -48,14 +52,15 @@ def _submit(options: argparse.Namespace) -> None:
     site, network = read_site(options.site), read_networks()
     if site["network"] not in network.keys() - {"all"}:
         known = ", ".join(sorted(network.keys() - {"all"}))
-        raise Refused(f"{options.site}: network: {site['network']!r} is not one of {known}")
+        raise Refused(f"{options.site}: network: {site['network']!r} is not one of {known}", id="unknown-network")
     if options.template in ("pyxis", "apptainer") and not site["image"]:
-        raise Refused(f"template {options.template} needs `image` in {options.site}")
+        raise Refused(f"template {options.template} needs `image` in {options.site}", id="no-image")
     run = Path(os.path.abspath(options.run_folder))
     if found := re.search(r"""[\s"'$`\\%#,:]""", str(run)):  # it stands in #SBATCH lines, where nothing can be quoted
         raise Refused(
             f"--run-folder {run} has {found[0]!r} in it: no blanks, quotes, $, %, #, commas, colons or backslashes, "
-            "which SLURM's #SBATCH lines or a container's mounts read as something else"
+            "which SLURM's #SBATCH lines or a container's mounts read as something else",
+            id="run-folder-characters",
         )
     recipe = _resolve(options.recipe, options.overrides)
     sweep = _read_sweep(options.sweep) if options.template == "array" else [""]
@@ -68,7 +73,8 @@ def _submit(options: argparse.Namespace) -> None:
         _check_data(recipe, line, on_nodes=options.data_on_nodes)
     mounts = _mounts(site, run, recipe)
     if options.template in ("pyxis", "apptainer") and (wrong := [path for path in mounts if re.search('[,:"`]', path)]):
-        raise Refused(f"a container cannot mount {wrong[0]}: no commas, colons or quotes in the path of data")
+        problem = f"a container cannot mount {wrong[0]}: no commas, colons or quotes in the path of data"
+        raise Refused(problem, id="data-path-characters")
     limit = options.time or site["time"]
     check_time(limit, least=site["grace"] + 2 * WARNING, origin="--time" if options.time else f"{options.site}: time")
     code = _snapshot(run, recipe, sweep)
@@ -103,14 +109,16 @@ def _submit(options: argparse.Namespace) -> None:
         done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=_handed_on(os.environ))
     except FileNotFoundError:
         raise Refused(
-            "no sbatch on this machine: submit from a login node, or start with python -m ssa_cluster.launch"
+            "no sbatch on this machine: submit from a login node, or start with python -m ssa_cluster.launch",
+            id="no-sbatch",
         ) from None
     except subprocess.TimeoutExpired:
         raise Refused(
-            "sbatch has not answered for 120 s: squeue tells whether the job was taken; sinfo, scontrol ping"
+            "sbatch has not answered for 120 s: check squeue for the job, then sinfo and scontrol ping",
+            id="sbatch-timeout",
         ) from None
     if done.returncode:
-        raise Refused(f"sbatch said: {done.stderr.strip()}")
+        raise Refused(f"sbatch failed: {done.stderr.strip()}", id="sbatch-failed")
     job = done.stdout.strip().partition(";")[0]
     print(
         f"job              {job}\n"
@@ -163,15 +171,17 @@ def _ssa(*arguments: str) -> str:
             command, capture_output=True, text=True, env={**os.environ, "LOCAL_RANK": "0"}, timeout=300, check=False
         )
     except subprocess.TimeoutExpired:
-        raise Refused(f"`ssa {shlex.join(arguments)}` has not answered for 300 s") from None
+        raise Refused(f"`ssa {shlex.join(arguments)}` has not answered for 300 s", id="ssa-timeout") from None
     if "ModuleNotFoundError" in done.stderr:
         last = done.stderr.strip().splitlines()[-1]
         raise Refused(
             f"{sys.executable} cannot run ssa ({last}): activate the environment of requirements.txt, "
-            "or PYTHON=/path/to/its/python cluster/submit ..."
+            "or PYTHON=/path/to/its/python cluster/submit ...",
+            id="ssa-not-installed",
         )
     if done.returncode:
-        raise Refused(f"`ssa {shlex.join(arguments)}` refuses:\n{done.stdout[-2000:]}{done.stderr.strip()}")
+        problem = f"`ssa {shlex.join(arguments)}` refuses:\n{done.stdout[-2000:]}{done.stderr.strip()}"
+        raise Refused(problem, id="ssa-refused")
     return done.stdout
 
 
@@ -201,17 +211,19 @@ def _check_data(recipe: dict, line: str, *, on_nodes: bool) -> None:
     changed = {key: value for key, value in words.items() if re.fullmatch(r"data\.(path|cache|sources\..*)", key)}
     for key, value in changed.items():
         if "://" not in value and not os.path.isabs(value):  # the job runs from another folder
-            raise Refused(f"sweep: {line}: {key} must be an absolute path or an address, not {value}")
+            problem = f"sweep: {line}: {key} must be an absolute path or an address, not {value}"
+            raise Refused(problem, id="sweep-relative-path")
     data = recipe["data"]
     named = {"data.path": data["path"], **{f"data.sources.{name}": path for name, path in data["sources"].items()}}
     named |= {key: value for key, value in changed.items() if key != "data.cache"}
     named = {key: value for key, value in named.items() if value}
     if not named:
-        raise Refused("the recipe names no data: give data.path=FOLDER, as `ssa data prepare` made it")
+        raise Refused("the recipe names no data: give data.path=FOLDER, as `ssa data prepare` made it", id="no-data")
     for key, value in named.items():
         if not on_nodes and "://" not in value and not os.path.isdir(value):
             raise Refused(
-                f"{key}={value} is no folder on this machine; check the path, or --data-on-nodes if only the nodes see it"
+                f"{key}={value} is not a folder on this machine; check the path, or --data-on-nodes if only the nodes see it",
+                id="data-missing",
             )
 
 
@@ -219,16 +231,17 @@ def _read_sweep(path: Path) -> list[str]:
     try:
         lines = [line.strip() for line in path.read_text().splitlines()]
     except (OSError, UnicodeDecodeError) as error:
-        raise Refused(f"--sweep {path} cannot be read: {error}") from None
+        raise Refused(f"--sweep {path} cannot be read: {error}", id="sweep-unreadable") from None
     lines = [line for line in lines if line and not line.startswith("#")]
     for line in lines:
         for word in line.split():
             if not re.fullmatch(r"[\w.]+=[^\s'\"\\]+", word):
                 raise Refused(
-                    f"--sweep {path}: {word!r} in {line!r} is not section.field=value without blanks or quotes"
+                    f"--sweep {path}: {word!r} in {line!r} is not section.field=value without blanks or quotes",
+                    id="sweep-override",
                 )
     if not lines:
-        raise Refused(f"--sweep {path} has no line")
+        raise Refused(f"--sweep {path} has no line", id="sweep-empty")
     return lines
 
 
