@@ -1,10 +1,11 @@
 """Text -> tokenizer -> MDS shards -> micro-batches. Everything public is importable from here.
 
-The modules load on first use, because streaming and torch take seconds to import and most commands need neither. This
-package imports nothing of the project's other packages.
+Modules load on first use: streaming and torch take seconds to import and most commands need neither. This package does not
+import the project's other packages.
 """
 
 import importlib
+from typing import Any
 
 _HOME = {
     "ssa_pipelines.errors": (
@@ -15,10 +16,10 @@ _HOME = {
         "DatasetMismatch",
         "ShardError",
     ),
-    "ssa_pipelines.corpus.sources": ("KING_JAMES",),
     "ssa_pipelines.corpus.documents": ("iter_documents",),
-    "ssa_pipelines.corpus.king_james": ("demo_documents",),
-    "ssa_pipelines.tokenizer.sentencepiece_tokenizer": ("Tokenizer", "train_tokenizer"),
+    "ssa_pipelines.corpus.formats.king_james": ("KING_JAMES", "demo_documents"),
+    "ssa_pipelines.tokenizer": ("Tokenizer",),
+    "ssa_pipelines.tokenizer.training": ("train_tokenizer",),
     "ssa_pipelines.shards.packing": ("pack", "PackedRow", "doc_starts"),
     "ssa_pipelines.shards.preparation": ("prepare",),
     "ssa_pipelines.shards.verification": ("verify",),
@@ -34,7 +35,7 @@ _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 __all__ = sorted(_MODULE_OF)
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name in _MODULE_OF:
         return getattr(importlib.import_module(_MODULE_OF[name]), name)
-    raise AttributeError(f"module 'pipelines' has no attribute {name!r}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

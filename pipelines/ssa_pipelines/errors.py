@@ -1,7 +1,7 @@
 """Errors of the data pipeline that a user can act on.
 
-Each says what is wrong (which file or setting, and its value) in `problem` and what to do about it in `remedy`.
-Anything else that escapes this package is a bug of ours and keeps its traceback.
+Each has a problem (file or setting, and its value), a remedy, and a stable id for tests and scripts. Any other exception
+that escapes this package is a bug in it and keeps its traceback.
 """
 
 
@@ -16,12 +16,12 @@ class DataError(Exception):
         self.problem, self.remedy, self.id = problem, remedy, id
         super().__init__(problem + (f"\n  remedy: {remedy}" if remedy else ""))
 
-    def __reduce__(self):  # errors travel between processes, and the kinds differ in their arguments
+    def __reduce__(self):  # errors travel between processes, and their classes differ in their arguments
         return _rebuild, (type(self), self.args, self.__dict__)
 
 
 class CorpusError(DataError):
-    """The text to prepare is missing, empty or not readable; names file and line."""
+    """The text to prepare is missing, empty or unreadable; names file and line."""
 
 
 class TokenizerError(DataError):
@@ -29,11 +29,11 @@ class TokenizerError(DataError):
 
 
 class DatasetError(DataError):
-    """A prepared dataset folder is absent, incomplete, in the way, or asked for more than it holds."""
+    """A prepared dataset is missing, incomplete, already there, or asked for more than it holds."""
 
 
 class DatasetMismatch(DatasetError):
-    """Dataset and recipe, or dataset and saved position, do not belong together; names both values."""
+    """Dataset and recipe, or dataset and saved position, do not match; names both values."""
 
 
 class ShardError(DatasetError):

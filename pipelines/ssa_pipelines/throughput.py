@@ -1,7 +1,7 @@
 """Measures this package on this machine: `python -m ssa_pipelines.throughput [--copies N] [--row-length N] [--compression C]`.
 
-The corpus is the King James text several times over, so figures compare between machines; everything is written to a
-temporary folder that is removed. It measures nothing that touches the network.
+The corpus is the King James text repeated, so that figures compare between machines. Everything is written to a temporary
+folder, and nothing touches the network.
 """
 
 import argparse
@@ -15,16 +15,16 @@ import ssa_pipelines
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Speed of tokenizer, preparation, verification and stream.")
-    parser.add_argument("--copies", type=int, default=5, help="how often to repeat the 4.2 MB of text (5)")
-    parser.add_argument("--row-length", type=int, default=8192, help="tokens in a row (8192)")
+    parser = argparse.ArgumentParser(description="Speed of tokenizer, preparation, verification and stream")
+    parser.add_argument("--copies", type=int, default=5, help="copies of the 4.2 MB of text (5)")
+    parser.add_argument("--row-length", type=int, default=8192, help="tokens per row (8192)")
     parser.add_argument("--vocab-size", type=int, default=8192, help="pieces of the tokenizer (8192)")
     parser.add_argument("--compression", default=None, help="of the shards, such as zstd:3 (none)")
-    parser.add_argument("--workers", type=int, default=1, help="processes of prepare; one, to measure a core (1)")
+    parser.add_argument("--workers", type=int, default=1, help="processes of prepare; 1 measures one core (1)")
     options = parser.parse_args()
     print(f"{len(os.sched_getaffinity(0))} cores, {options}")
     documents = list(ssa_pipelines.demo_documents())
-    import streaming  # noqa: F401 (its import takes seconds and is no part of the figures)
+    import streaming  # noqa: F401 (takes seconds to import, which the figures leave out)
 
     with tempfile.TemporaryDirectory() as folder:
         corpus, data = Path(folder, "corpus.jsonl"), Path(folder, "data")
@@ -42,14 +42,14 @@ def main() -> None:
         began = time.process_time()
         tokenizer.encode(sample)
         own = sum(map(len, sample)) / 1e6 / (time.process_time() - began)
-        print(f"tokenizer alone   {own:8.1f} MB/s of text a core")
+        print(f"tokenizer alone   {own:8.1f} MB/s of text per core")
 
         began, spent = time.perf_counter(), _cpu_seconds()
         settings = {"row_length": options.row_length, "validation_fraction": 0, "compression": options.compression}
         ssa_pipelines.prepare(corpus, tokenizer, data, workers=options.workers, **settings)
         speed, core = megabytes / (time.perf_counter() - began), megabytes / (_cpu_seconds() - spent)
         print(
-            f"prepare           {speed:8.1f} MB/s of text, {core:.1f} a core: {core / own:.0%} of the tokenizer's own"
+            f"prepare           {speed:8.1f} MB/s of text, {core:.1f} per core: {core / own:.0%} of the tokenizer's own"
         )
 
         began = time.perf_counter()
@@ -75,7 +75,7 @@ def main() -> None:
 
 
 def _cpu_seconds() -> float:
-    """Of this process and of its children that have ended."""
+    """CPU seconds of this process and of its children that have ended."""
     return sum(os.times()[:4])
 
 

@@ -1,7 +1,6 @@
-"""One function over many tasks, on several processes or in this one; results come as they are ready.
+"""Maps one function over many tasks, on several processes or in this one; results come as they are ready.
 
-No process outlives the one that began it: a worker whose parent dies, however, ends at once. It refuses to wait for a
-worker that was killed: that is an error, not a hang.
+A worker exits as soon as its parent is gone, also after SIGKILL. A worker that was killed is an error, not a hang.
 """
 
 import multiprocessing
@@ -9,23 +8,24 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from typing import TypeVar
 
 from ssa_pipelines.errors import DatasetError
 
-Task, Result = TypeVar("Task"), TypeVar("Result")
-_AHEAD = 2  # tasks handed out for each process
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+_AHEAD = 2  # tasks submitted per process
 
 
 def map_unordered(
     function: Callable[[Task], Result], tasks: Iterable[Task], processes: int, *, preload: tuple[str, ...]
 ) -> Iterator[Result]:
-    """Yields function(task) of every task; an error of the function is raised here.
+    """Yields function(task) for every task; an error of the function is raised here.
 
-    processes: 1 runs in this process. Several are forked from a server that has imported the modules `preload` and holds
-        no threads, so that starting one costs milliseconds and inherits no lock.
+    processes: 1 runs in this process. Several are forked from a server that has imported the modules `preload` and has no
+        threads, so starting one costs milliseconds and inherits no lock.
     Raises DatasetError when a worker was killed.
     """
     if processes <= 1:
@@ -33,11 +33,11 @@ def map_unordered(
         return
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(preload))
-    pool = ProcessPoolExecutor(processes, mp_context=context, initializer=_die_with_the_parent)
+    pool = ProcessPoolExecutor(processes, mp_context=context, initializer=_exit_with_the_parent)
     try:
-        tasks, running = iter(tasks), set()
+        waiting, running = iter(tasks), set[Future[Result]]()
         while True:
-            while len(running) < _AHEAD * processes and (task := next(tasks, None)) is not None:
+            while len(running) < _AHEAD * processes and (task := next(waiting, None)) is not None:
                 running.add(pool.submit(function, task))
             if not running:
                 return
@@ -47,17 +47,20 @@ def map_unordered(
     except BrokenProcessPool as error:
         raise DatasetError(
             "a worker process was killed (often: memory ran out)",
-            remedy="give the same command with fewer workers; what is finished is kept",
+            remedy="run the same command with fewer workers; finished parts are kept",
+            id="worker-killed",
         ) from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _die_with_the_parent() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which stops us
+def _exit_with_the_parent() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C also reaches the parent, which stops its workers
 
     def watch() -> None:
-        multiprocessing.parent_process().join()
+        parent = multiprocessing.parent_process()
+        if parent is not None:
+            parent.join()
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()

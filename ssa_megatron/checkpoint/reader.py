@@ -18,6 +18,7 @@ from ssa_megatron.checkpoint.manifest import Manifest, committed, step_folder
 from ssa_megatron.errors import CheckpointError
 from ssa_megatron.parallel.state import ParallelState
 from ssa_megatron.zero.optimizer import ShardedOptimizer
+from ssa_pipelines import Tokenizer
 
 THREADS = 4  # that hash files of one process
 
@@ -81,9 +82,8 @@ class Checkpoint:
     def tokenizer_path(self) -> Path:
         """The run's own copy of its tokenizer."""
         run = self.folder.parent.parent
-        return next(
-            (p for p in (run / "tokenizer.model", run / "tokenizer.json") if p.exists()), run / "tokenizer.model"
-        )
+        paths = [run / name for name in Tokenizer.file_names()]
+        return next((path for path in paths if path.exists()), paths[0])
 
     def names(self) -> list[str]:
         return list(self.content.tensors)

@@ -209,18 +209,20 @@ def _write_tokenizer(checkpoint, config: SSAConfig, folder: Path) -> dict:
         )
     fingerprint = checkpoint.manifest.get("tokenizer_fingerprint")
     try:
-        found = Tokenizer.load(path).fingerprint
+        tokenizer = Tokenizer.load(path)
     except DataError:
-        found = None  # damaged, so not the one
-    if fingerprint and found != fingerprint:
+        if not fingerprint:
+            raise
+        tokenizer = None  # damaged, so not the one
+    if tokenizer is None or (fingerprint and tokenizer.fingerprint != fingerprint):
         raise DataProblem(
             f"{path} is not the tokenizer the run was trained with",
             remedy=f"restore the one with fingerprint {fingerprint[:12]}...",
             id="export-another-tokenizer",
         )
-    marks = write_tokenizer(path, folder, max_length=config.max_position_embeddings)
-    if Path(path).suffix == ".model":  # what tokenizer.json was made from: `ssa import` and other SentencePiece readers
-        shutil.copyfile(path, folder / "tokenizer.model")
+    marks = write_tokenizer(tokenizer, folder, max_length=config.max_position_embeddings)
+    for name, data in tokenizer.companion_files.items():  # read by `ssa import` and by SentencePiece readers
+        (folder / name).write_bytes(data)
     if marks["vocab_size"] > config.vocab_size:
         raise DataProblem(
             f"the tokenizer has {marks['vocab_size']} pieces, the model {config.vocab_size} embeddings",

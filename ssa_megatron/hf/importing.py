@@ -96,16 +96,12 @@ def _any_train(origin: Origin) -> dict:
 
 
 def _tokenizer(folder: HubFolder, given: str | Path | None) -> ssa_pipelines.Tokenizer:
-    """The given one; the SentencePiece model our export keeps; tokenizer.json; tokenizer.model."""
+    """The given one, or the folder's. Of several, tokenizer.json, unless the folder is an export and keeps its source."""
     if given is not None:
         return ssa_pipelines.Tokenizer.load(given)
-    found = [folder.path / name for name in ("tokenizer.json", "tokenizer.model") if (folder.path / name).is_file()]
+    names = ssa_pipelines.Tokenizer.file_names()
+    found = [folder.path / name for name in names if (folder.path / name).is_file()]
     if not found:
-        raise DataProblem(
-            f"{folder.path}: no tokenizer.json and no tokenizer.model",
-            remedy="--tokenizer FILE",
-            id="import-without-tokenizer",
-        )
-    if len(found) == 2 and folder.config["model_type"] == "ssa":
-        found.reverse()  # tokenizer.json was made from it
-    return ssa_pipelines.Tokenizer.load(found[0])
+        problem = f"{folder.path}: no {' and no '.join(reversed(names))}"
+        raise DataProblem(problem, remedy="--tokenizer FILE", id="import-without-tokenizer")
+    return ssa_pipelines.Tokenizer.load(found[0] if folder.config["model_type"] == "ssa" else found[-1])

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.gpu
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    from ssa_pipelines.tokenizer.sentencepiece_tokenizer import train_tokenizer
+    from ssa_pipelines import train_tokenizer
 
     home = tmp_path_factory.mktemp("evaluation")
     tokenizer = train_tokenizer(iter([corpus()]), home / "t.model", vocab_size=697)

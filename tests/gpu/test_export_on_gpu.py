@@ -17,7 +17,7 @@ SHAPES = [("ssa", 8, 2), ("moba", 4, 4), ("nsa", 8, 1)]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    from ssa_pipelines.tokenizer.sentencepiece_tokenizer import train_tokenizer
+    from ssa_pipelines import train_tokenizer
 
     home, made = tmp_path_factory.mktemp("export"), {}
     tokenizer = train_tokenizer(iter([corpus()]), home / "t.model", vocab_size=697)

@@ -10,6 +10,7 @@ import pytest
 
 from ssa_pipelines.storage import object_store as storage
 from ssa_pipelines.storage import shard_cache as cache
+from ssa_pipelines.storage.stores.s3 import s3_client
 
 BUCKET = "bucket"
 
@@ -37,11 +38,11 @@ class ObjectStore:
         self.server.stop()
 
     def put(self, key: str, data: bytes) -> str:
-        storage.s3_client().put_object(Bucket=BUCKET, Key=key, Body=data)
+        s3_client().put_object(Bucket=BUCKET, Key=key, Body=data)
         return f"s3://{BUCKET}/{key}"
 
     def get(self, key: str) -> bytes:
-        return storage.s3_client().get_object(Bucket=BUCKET, Key=key)["Body"].read()
+        return s3_client().get_object(Bucket=BUCKET, Key=key)["Body"].read()
 
     def keys(self, prefix: str = "") -> list[str]:
         return [stored.name.removeprefix(f"s3://{BUCKET}/") for stored in storage.find(f"s3://{BUCKET}/{prefix}")]
@@ -65,7 +66,7 @@ def credentials(url: str) -> Iterator[None]:
 
 
 def _forget_clients() -> None:
-    storage.s3_client.cache_clear()
+    s3_client.cache_clear()
     cache._downloader.cache_clear()
 
 
@@ -82,7 +83,7 @@ def object_store() -> Iterator[ObjectStore]:
         with credentials(store.url):
             # moto keeps its objects as long as the process lives, those of an earlier test's store too
             urllib.request.urlopen(f"{store.url}/moto-api/reset", data=b"").close()
-            storage.s3_client().create_bucket(Bucket=BUCKET)
+            s3_client().create_bucket(Bucket=BUCKET)
             yield store
     finally:
         store.stop()

@@ -33,7 +33,7 @@ def take(rows, count: int) -> list[ssa_pipelines.Rows]:
 
 
 def equal(a: list[ssa_pipelines.Rows], b: list[ssa_pipelines.Rows]) -> bool:
-    """Same number of micro-batches, same tokens and document starts at every place."""
+    """Same number of micro-batches, same tokens and document starts at every position."""
     return len(a) == len(b) and all(
         torch.equal(x.tokens, y.tokens) and torch.equal(x.doc_starts, y.doc_starts) for x, y in zip(a, b, strict=True)
     )

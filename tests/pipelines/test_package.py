@@ -1,4 +1,4 @@
-"""The package stands alone, loads fast, and offers what it promises."""
+"""The package imports no other of the project, loads fast, and has its public names."""
 
 import ast
 import importlib
@@ -13,7 +13,7 @@ FOLDER = Path(ssa_pipelines.__file__).parent
 OTHERS = {"ssa_megatron", "ssa_kernels", "ssa_cluster", "tests"}
 
 
-def test_it_imports_nothing_of_the_projects_other_packages():
+def test_it_does_not_import_the_projects_other_packages():
     for path in FOLDER.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
@@ -33,14 +33,14 @@ print(sorted({{"torch", "streaming", "transformers"}} & set(sys.modules)))
     assert done.stdout == "[]\n", done.stderr
 
 
-def test_every_public_name_is_there_also_after_its_module_was_imported():
+def test_every_public_name_exists_also_after_its_module_was_imported():
     for module in FOLDER.rglob("*.py"):
         importlib.import_module(".".join(module.relative_to(FOLDER.parent).with_suffix("").parts))
     for name in ssa_pipelines.__all__:
         assert callable(getattr(ssa_pipelines, name)) or isinstance(getattr(ssa_pipelines, name), str), name
 
 
-def test_every_error_carries_its_problem_and_its_remedy():
+def test_every_error_has_a_problem_and_a_remedy():
     error = ssa_pipelines.DataError("file x: bad", remedy="make it good")
     assert (error.problem, error.remedy) == ("file x: bad", "make it good")
     assert str(error) == "file x: bad\n  remedy: make it good"

@@ -16,7 +16,7 @@ import torch
 from ssa_megatron.hf.export import export
 from ssa_megatron.hf.importing import import_folder
 from ssa_megatron.model.shapes import global_shapes
-from ssa_pipelines.tokenizer.sentencepiece_tokenizer import train_tokenizer
+from ssa_pipelines import train_tokenizer
 from tests.ssa_megatron.hf.conftest import VOCAB, corpus, tiny_recipe, write_run
 
 SIZES = {"hidden_size": 512, "num_layers": 16, "num_heads": 8, "num_kv_heads": 2, "head_dim": 64, "ffn_size": 1408}

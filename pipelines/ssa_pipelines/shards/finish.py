@@ -1,7 +1,7 @@
-"""The end of a preparation: what the parts left over is packed, and a source gets its index, tokenizer and record.
+"""Last step of a preparation: packs what the parts left over, and writes a source's index, tokenizer and record.
 
-Leftovers are packed in the parts' order, so that only the last row of a split is padded. The record is written last, and
-to an object store uploaded last: it makes the dataset one.
+Leftovers are packed in the order of the parts, so only the last row of a split is padded. The record `dataset.json` is
+written, or uploaded, last: without it a folder is not a dataset.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ from ssa_pipelines.storage import object_store as storage
 
 
 def finish_source(job: Job, source: Scanned, parts: list[Finished], folder: Path, out: str) -> dict:
-    """Packs the leftovers in the parts' order, writes index, tokenizer and record; returns the record."""
+    """Packs the leftovers in the order of the parts, writes index, tokenizer and record; returns the record."""
     tokenizer, remote = job.tokenizer, storage.is_remote(out)
     tallies = {split: Tally(tokenizer.vocab_size) for split in SPLITS}
     written = {}
@@ -65,7 +65,7 @@ def finish_source(job: Job, source: Scanned, parts: list[Finished], folder: Path
             "files": files,
         }
     for tally in tallies.values():
-        tally.frequencies[tokenizer.bos_id] -= tally.documents  # the mark in front: no model ever has to predict it
+        tally.frequencies[tokenizer.bos_id] -= tally.documents  # a model never predicts it
     train, validation = (tallies[split].frequencies for split in SPLITS)
     per_file = np.zeros(len(source.files), np.int64)
     for counted in source.counted:
@@ -86,7 +86,7 @@ def finish_source(job: Job, source: Scanned, parts: list[Finished], folder: Path
             "tokenizer_fingerprint": tokenizer.fingerprint,
             "unigram_entropy": _cross_entropy(train, train),
             "validation_unigram_cross_entropy": _cross_entropy(validation, train + 1) if validation.any() else None,
-            "duplicates": int((source.fates == scan.DUPLICATE).sum()),
+            "duplicates": int((source.labels == scan.DUPLICATE).sum()),
             "splits": written,
             "files": {name: _describe(folder / name) for name in (RECORDS_NAME, *tokenizer.files)},
             "inputs": inputs_of(job.settings, source),
@@ -94,7 +94,7 @@ def finish_source(job: Job, source: Scanned, parts: list[Finished], folder: Path
     )
     (folder / FILE_NAME).write_text(json.dumps(record, indent=2, sort_keys=True) + "\n")
     if remote:
-        for path in sorted(folder.rglob("*"), key=lambda p: p.name == FILE_NAME):  # last: it makes the dataset one
+        for path in sorted(folder.rglob("*"), key=lambda p: p.name == FILE_NAME):  # the record last
             if path.is_file():
                 storage.upload(path, storage.join(out, str(path.relative_to(folder))))
     return record

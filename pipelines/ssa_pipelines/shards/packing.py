@@ -1,8 +1,7 @@
-"""Documents -> rows of one fixed length, and a row's form on disk.
+"""Documents -> rows of one fixed length, and the MDS sample of a row.
 
-Every token lands in exactly one row, in order, and only the last row is padded; for each token the row says where its
-own document begins, so attention never has to look across a border, and which document of the corpus that is. It refuses
-token ids outside the vocabulary.
+Every token is in exactly one row, in order, and only the last row is padded. A row records where each of its documents
+begins, so attention stays inside a document, and their numbers in the corpus. It refuses token ids outside the vocabulary.
 """
 
 import zlib
@@ -12,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ssa_pipelines.errors import DataError, TokenizerError
+from ssa_pipelines.errors import DatasetError, TokenizerError
 
 NO_DOCUMENT = (1 << 32) - 1  # the document number of padding
 
@@ -22,9 +21,9 @@ class PackedRow(NamedTuple):
 
     tokens: [row_length], uint16 or uint32.
     starts: [documents], uint16 or uint32, ascending from 0: the index at which each document of the row begins.
-    documents: [documents], uint32: the number of each, by which the ledger finds it in the corpus.
-    padding: number of padding tokens at the end. Each is an eos token and a document of its own, so that it takes part
-        in nothing: it attends to itself alone and predicts nothing.
+    documents: [documents], uint32: the number of each document, by which the ledger finds it in the corpus.
+    padding: number of padding tokens at the end. Each is an eos token and a document by itself, so it attends only to
+        itself and predicts nothing.
     """
 
     tokens: NDArray
@@ -36,21 +35,18 @@ class PackedRow(NamedTuple):
 class Packer:
     """Fills rows with documents, one after the other.
 
-    A document that crosses the end of a row goes on at the start of the next one as a document of its own, without a
-    second bos: its context is what the row holds of it.
+    A document that crosses the end of a row continues in the next one as a separate document, without a second bos. Its
+    context is only what that row holds of it.
     """
 
     def __init__(self, row_length: int, *, eos_id: int, vocab_size: int):
-        if row_length < 2:
-            raise DataError(
-                f"row_length {row_length}: a row of one token has nothing to predict", remedy="use 2 or more"
-            )
+        check_row_length(row_length)
         self.row_length, self.eos_id = row_length, eos_id
         self._token_dtype, self._start_dtype = smallest_dtype(vocab_size), smallest_dtype(row_length)
         self._begin_row()
 
     def add(self, tokens: NDArray, document: int) -> list[PackedRow]:
-        """Appends one document, marks included (see `marked`); returns the rows that became full."""
+        """Appends one document with its marks (see `marked`); returns the rows that became full."""
         rows = []
         while tokens.size:
             room = self.row_length - self._filled
@@ -64,13 +60,13 @@ class Packer:
         return rows
 
     def unfinished(self) -> list[tuple[NDArray, int]]:
-        """(tokens, document) of what the row begun so far holds; adding them to another packer continues there."""
+        """(tokens, document) of the unfinished row. Another packer continues from it when they are added there."""
         ends = [*self._starts[1:], self._filled]
         pieces = zip(self._starts, ends, self._documents, strict=False)
         return [(self._tokens[start:end], document) for start, end, document in pieces]
 
     def finish(self) -> list[PackedRow]:
-        """The last, padded row, or none when the documents end with a row."""
+        """The last, padded row; none when the documents end exactly with a row."""
         if not self._filled:
             return []
         padding = range(self._filled, self.row_length)
@@ -92,26 +88,32 @@ class Packer:
         return row
 
 
-def marked(tokens: Sequence[int], *, bos_id: int, eos_id: int, vocab_size: int) -> NDArray:
-    """bos + tokens + eos, in the type rows have. Raises TokenizerError for an id outside the vocabulary."""
-    tokens = np.asarray(
-        tokens, None if len(tokens) else np.int64
-    )  # as it is: a book's tokens are not copied for the check
-    if tokens.size and (tokens.min() < 0 or tokens.max() >= vocab_size):
-        wrong = next(int(t) for t in tokens if not 0 <= t < vocab_size)
+def check_row_length(row_length: int) -> None:
+    """Raises DatasetError for rows that are too short."""
+    if row_length < 2:
+        problem = f"row_length {row_length}: a row of one token has nothing to predict"
+        raise DatasetError(problem, remedy="use 2 or more", id="row-length")
+
+
+def marked(tokens: Sequence[int] | NDArray, *, bos_id: int, eos_id: int, vocab_size: int) -> NDArray:
+    """bos + tokens + eos in the dtype of rows: [tokens + 2]. Raises TokenizerError for an id outside the vocabulary."""
+    ids = np.asarray(tokens, None if len(tokens) else np.int64)  # a given array is not copied: it may be a whole book
+    if ids.size and (ids.min() < 0 or ids.max() >= vocab_size):
+        wrong = next(int(t) for t in ids if not 0 <= t < vocab_size)
         raise TokenizerError(
             f"token id {wrong} is outside the vocabulary (vocab_size {vocab_size})",
             remedy="encode with the tokenizer this dataset is prepared for",
+            id="encoded-token-outside-vocabulary",
         )
-    document = np.empty(tokens.size + 2, smallest_dtype(vocab_size))
-    document[0], document[1:-1], document[-1] = bos_id, tokens, eos_id
+    document = np.empty(ids.size + 2, smallest_dtype(vocab_size))
+    document[0], document[1:-1], document[-1] = bos_id, ids, eos_id
     return document
 
 
 def pack(
     documents: Iterable[Sequence[int]], row_length: int, *, bos_id: int, eos_id: int, vocab_size: int
 ) -> Iterator[PackedRow]:
-    """Packs documents (token ids without bos and eos), numbered from 0, into rows; see Packer."""
+    """Packs documents (token ids without bos and eos), numbered from 0, into rows. See Packer."""
     packer = Packer(row_length, eos_id=eos_id, vocab_size=vocab_size)
     for number, document in enumerate(documents):
         yield from packer.add(marked(document, bos_id=bos_id, eos_id=eos_id, vocab_size=vocab_size), number)
@@ -119,7 +121,7 @@ def pack(
 
 
 def doc_starts(starts: NDArray, row_length: int) -> NDArray[np.int32]:
-    """Per token the index of its document's first token: int32 [row_length], from a row's `starts`."""
+    """Per token the index of its document's first token, from a row's `starts`: int32 [row_length]."""
     starts = starts.astype(np.int32)
     return np.repeat(starts, np.diff(starts, append=np.int32(row_length)))
 
@@ -130,7 +132,7 @@ def smallest_dtype(values: int) -> np.dtype:
 
 
 def mds_columns(row_length: int, vocab_size: int) -> dict[str, str]:
-    """The MDS columns of a row. `tokens` has a fixed shape, which reads twice as fast as a variable one."""
+    """The MDS columns of a row. A fixed shape for `tokens` reads twice as fast as a variable one."""
     return {
         "tokens": f"ndarray:{smallest_dtype(vocab_size)}:{row_length}",
         "starts": f"ndarray:{smallest_dtype(row_length)}",
@@ -146,9 +148,9 @@ def to_sample(row: PackedRow) -> dict:
 
 
 def from_sample(sample: dict, *, row_length: int, vocab_size: int) -> tuple[NDArray, NDArray, NDArray]:
-    """(tokens, starts, documents) of an MDS sample, as stored and read-only. Raises ValueError if any was altered."""
+    """(tokens, starts, documents) of an MDS sample, read-only, as stored. Raises ValueError if one was altered."""
     tokens, starts, documents = sample["tokens"], sample["starts"], sample["documents"]
-    # MDS keeps a hash per shard, which costs reading all of it; a checksum per row costs a tenth of reading that row.
+    # The sha256 of MDS covers a whole shard, which would have to be read; a CRC per row costs a tenth of reading the row.
     if _checksum(tokens, starts, documents) != int(sample["checksum"]):
         raise ValueError("the row does not match its checksum")
     if tokens.shape != (row_length,) or starts.ndim != 1 or starts[0] != 0 or starts[-1] >= row_length:
@@ -163,5 +165,5 @@ def from_sample(sample: dict, *, row_length: int, vocab_size: int) -> tuple[NDAr
 def _checksum(*arrays: NDArray) -> int:
     value = 0
     for array in arrays:
-        value = zlib.crc32(array, value)
+        value = zlib.crc32(array.data, value)
     return value

@@ -1,8 +1,7 @@
-"""Second pass over a corpus: one part of it -> packed rows in MDS shards, on any process, once.
+"""Second pass over a corpus: encodes and packs one part of it into MDS shards, on any process.
 
-A part is fixed by the corpus alone, writes its own shards and leaves what does not fill a row, and the held-out documents,
-to the one step that ends the preparation; so parts can be done in any order, anywhere, and a killed preparation goes on
-with the parts that are missing. It refuses text that is not what the first pass saw.
+A part is fixed by the corpus alone and committed by one rename, so parts can be done in any order and are done once. It
+leaves unfilled rows and held-out documents to the last step (finish.py). It refuses text that changed since the first pass.
 """
 
 import hashlib
@@ -10,28 +9,27 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ssa_pipelines.corpus.documents import Format, records
-from ssa_pipelines.corpus.sources import InputFile
+from ssa_pipelines.corpus.formats.base import InputFile, ReadOptions
 from ssa_pipelines.errors import CorpusError
 from ssa_pipelines.shards.packing import PackedRow, Packer, marked, mds_columns, smallest_dtype, to_sample
 from ssa_pipelines.shards.scan import DUPLICATE, TRAIN, Stretch
 from ssa_pipelines.storage import object_store as storage
-from ssa_pipelines.tokenizer.sentencepiece_tokenizer import Tokenizer, cached_tokenizer
+from ssa_pipelines.tokenizer import Tokenizer, cached_tokenizer
 
-SPLITS = ("train", "validation")  # in the order of scan's TRAIN and VALIDATION
+SPLITS = ("train", "validation")  # by the labels TRAIN and VALIDATION of scan.py
 _BATCH_CHARACTERS = 1 << 20  # documents are encoded about a megabyte at a time
 _LONG_CHARACTERS = 4 << 20
-_COUNTED = 1 << 20  # tokens counted at once: numpy makes 8 bytes of each
+_COUNTED = 1 << 20  # tokens counted at once: numpy needs 8 bytes for each
 _RECORD = "part.json"
 
 
 class Layout(NamedTuple):
-    """How rows and shards are written: the settings of `prepare` that reach this far."""
+    """How rows and shards are written."""
 
     row_length: int
     compression: str | None
@@ -39,10 +37,10 @@ class Layout(NamedTuple):
 
 
 class Part(NamedTuple):
-    """A stretch of work: consecutive stretches of one source, and what to do with each document in them.
+    """One unit of work: consecutive stretches of one source, and the label of each document in them.
 
-    folder: where its result is to be. upload: the URL its shards go to, or None. first_records: for each stretch the
-    number of its first record in the source. fates: one byte a document (scan.py). digest: of the documents' hashes.
+    folder: of the result. upload: the URL its shards go to, or None. first_records: per stretch the number of its first
+    record in the source. labels: one byte per document (scan.split_labels). digest: of the documents' hashes.
     """
 
     number: int
@@ -50,17 +48,17 @@ class Part(NamedTuple):
     upload: str | None
     tokenizer: str
     layout: Layout
-    form: Format
+    options: ReadOptions
     files: dict[int, InputFile]
     stretches: list[Stretch]
     first_records: list[int]
-    fates: bytes
+    labels: bytes
     digest: str
     text_bytes: int
 
 
 class Tally:
-    """Counts of one split: documents, their bytes and tokens, lengths by power of two, and each token's frequency."""
+    """Counts of one split: documents, their bytes and tokens, lengths by power of two, and token frequencies."""
 
     def __init__(self, vocab_size: int):
         self.documents = self.text_bytes = self.tokens = 0
@@ -83,12 +81,12 @@ class Tally:
 
 
 class ShardWriter:
-    """Rows -> MDS shards `shard.PPPPP.KKKKK.mds` of part P in a folder; each name exists once in a dataset."""
+    """Rows -> MDS shards `shard.PPPPP.KKKKK.mds` of part P in a folder. Each name is unique in a dataset."""
 
     def __init__(self, folder: Path, part: int, layout: Layout, vocab_size: int):
         self._folder, self._part, self._layout = folder, part, layout
         self._columns = mds_columns(layout.row_length, vocab_size)
-        self._writer = None
+        self._writer: Any = None
         self.rows = self.padding = 0
 
     def write(self, rows: list[PackedRow]) -> None:
@@ -98,7 +96,7 @@ class ShardWriter:
 
                 self._writer = MDSWriter(
                     columns=self._columns,
-                    out=str(self._folder / ".mds"),  # it wants an empty folder
+                    out=str(self._folder / ".mds"),  # must be an empty folder
                     compression=self._layout.compression,
                     hashes=["sha256"],
                     size_limit=self._layout.shard_size,
@@ -109,29 +107,29 @@ class ShardWriter:
             self.padding += row.padding
 
     def finish(self) -> list[dict]:
-        """Writes what is left; returns the shards' entries for index.json."""
+        """Writes the last shard; returns the entries of all shards for index.json."""
         if self._writer is None:
             return []
         self._writer.finish()
         written = self._folder / ".mds"
-        shards = json.loads((written / "index.json").read_text())["shards"]
+        shards: list[dict] = json.loads((written / "index.json").read_text())["shards"]
         for number, shard in enumerate(shards):
             for data in filter(None, (shard["raw_data"], shard["zip_data"])):
                 old, suffix = data["basename"], data["basename"].split(".", 2)[2]
                 data["basename"] = f"shard.{self._part:05d}.{number:05d}.{suffix}"
-                if (written / old).exists():  # of a compressed shard only the compressed file
+                if (written / old).exists():  # a compressed shard has only the compressed file
                     (written / old).rename(self._folder / data["basename"])
         shutil.rmtree(written)
         return shards
 
     def close(self) -> None:
-        """Ends MDSWriter's threads, after an error too."""
+        """Ends the threads of MDSWriter, also after an error."""
         if self._writer is not None:
             self._writer.cancel_future_jobs()
 
 
 class Finished:
-    """What a part left in its folder: shards' entries, counts, and the documents still to be packed."""
+    """The result of a part, read from its folder: entries of its shards, counts, and documents still to be packed."""
 
     def __init__(self, folder: Path, vocab_size: int):
         self.folder = folder
@@ -145,7 +143,7 @@ class Finished:
                 tally.lengths, tally.frequencies = saved["lengths"], saved["frequencies"]
 
     def leftovers(self, split: str) -> Iterator[tuple[NDArray, int]]:
-        """(tokens, document) of the documents, or the end of one, that are in no row yet; one in memory at a time."""
+        """(tokens, document) of documents, or ends of one, that are not in a row yet. One is in memory at a time."""
         with np.load(self.folder / f"{split}.npz") as saved:
             sizes, documents, dtype = saved["sizes"], saved["documents"], saved["token_type"].dtype
         with open(self.folder / f"{split}.tokens", "rb") as file:
@@ -154,7 +152,7 @@ class Finished:
 
 
 def encode_part(part: Part) -> str:
-    """Does the part, or finds it done; returns its folder. Raises CorpusError, TokenizerError, DatasetError, OSError."""
+    """Does the part unless it is done; returns its folder. Raises CorpusError, TokenizerError, DatasetError, OSError."""
     folder = Path(part.folder)
     tokenizer = cached_tokenizer(part.tokenizer)
     if _is_done(folder, part.digest):
@@ -169,12 +167,12 @@ def encode_part(part: Part) -> str:
     held_out: list[tuple[int, int]] = []
     try:
         with open(temporary / "validation.tokens", "wb") as validation:
-            for tokens, document, text_bytes, fate in _encoded(part, tokenizer):
-                tallies[SPLITS[fate]].add(tokens, text_bytes)
-                if fate == TRAIN:
+            for tokens, document, text_bytes, label in _encoded(part, tokenizer):
+                tallies[SPLITS[label]].add(tokens, text_bytes)
+                if label == TRAIN:
                     writer.write(packer.add(tokens, document))
                 else:
-                    validation.write(tokens)
+                    validation.write(tokens.data)
                     held_out.append((tokens.size, document))
         shards = writer.finish()
     finally:
@@ -210,22 +208,24 @@ def encode_part(part: Part) -> str:
 
 
 def _encoded(part: Part, tokenizer: Tokenizer) -> Iterator[tuple[NDArray, int, int, int]]:
-    """(tokens with marks, document number, bytes of text, fate) of each document that is kept."""
+    """(tokens with marks, document number, bytes of text, label) of each document that is kept."""
     marks = {"bos_id": tokenizer.bos_id, "eos_id": tokenizer.eos_id, "vocab_size": tokenizer.vocab_size}
-    texts, about, characters = [], [], 0
+    texts: list[str] = []
+    about: list[tuple[int, int, int]] = []
+    characters = 0
 
     def encode() -> Iterator[tuple[NDArray, int, int, int]]:
-        for ids, (document, size, fate) in zip(tokenizer.encode(texts), about, strict=True):
-            yield marked(ids, **marks), document, size, fate
+        for ids, (document, size, label) in zip(tokenizer.encode(texts), about, strict=True):
+            yield marked(ids, **marks), document, size, label
 
-    for text, document, size, fate in _kept(part):
+    for text, document, size, label in _kept(part):
         if len(text) > _LONG_CHARACTERS:
             yield from encode()
             texts, about, characters = [], [], 0
-            yield marked(tokenizer.encode_long(text), **marks), document, size, fate
+            yield marked(tokenizer.encode_long(text), **marks), document, size, label
             continue
         texts.append(text)
-        about.append((document, size, fate))
+        about.append((document, size, label))
         characters += len(text)
         if characters >= _BATCH_CHARACTERS:
             yield from encode()
@@ -234,30 +234,32 @@ def _encoded(part: Part, tokenizer: Tokenizer) -> Iterator[tuple[NDArray, int, i
 
 
 def _kept(part: Part) -> Iterator[tuple[str, int, int, int]]:
-    """(text, document number, bytes, fate) of the documents that stay; checks that all are what the first pass read."""
+    """(text, document number, bytes, label) of the documents that are kept; checks that they are those of the first pass."""
     hashes, seen = hashlib.sha256(), 0
     for stretch, first in zip(part.stretches, part.first_records, strict=True):
         file = part.files[stretch.file]
-        for number, (_, text) in enumerate(records(file, part.form, stretch.begin, stretch.end), start=first):
+        for number, (_, text) in enumerate(file.records(part.options, stretch.begin, stretch.end), start=first):
             if not text or text.isspace():
                 continue
             data = text.encode()
             hashes.update(hashlib.blake2b(data, digest_size=16).digest())
-            fate = part.fates[seen] if seen < len(part.fates) else DUPLICATE
+            label = part.labels[seen] if seen < len(part.labels) else DUPLICATE
             seen += 1
             size = len(data)
-            del data  # as large as the text, which may be a book
-            if fate != DUPLICATE:
-                yield text, number, size, fate
+            del data  # as large as the text, which may be a whole book
+            if label != DUPLICATE:
+                yield text, number, size, label
     if hashes.hexdigest() != part.digest:
         names = ", ".join(sorted({file.path for file in part.files.values()})[:3])
-        raise CorpusError(
-            f"{names}: changed while it was being prepared", remedy="let the corpus be, and give the same command again"
+        problem, remedy = (
+            f"{names}: changed while it was being prepared",
+            "leave the corpus as it is and run the command again",
         )
+        raise CorpusError(problem, remedy=remedy, id="corpus-changed")
 
 
 def _is_done(folder: Path, digest: str) -> bool:
     try:
-        return json.loads((folder / _RECORD).read_text())["digest"] == digest
+        return bool(json.loads((folder / _RECORD).read_text())["digest"] == digest)
     except (OSError, ValueError, KeyError):
         return False

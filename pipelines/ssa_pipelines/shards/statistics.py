@@ -1,11 +1,11 @@
-"""Figures of a prepared dataset for people: sizes, ratios, document lengths, and a piece of its text read back."""
+"""Statistics of a prepared dataset: sizes, ratios, document lengths, and a sample of its text decoded again."""
 
 from pathlib import Path
 
 from ssa_pipelines.shards.dataset import SplitInfo, load_dataset_info
 from ssa_pipelines.shards.row_reader import RowReader
 from ssa_pipelines.storage.shard_cache import Access
-from ssa_pipelines.tokenizer.sentencepiece_tokenizer import Tokenizer
+from ssa_pipelines.tokenizer import Tokenizer
 
 _SAMPLE_TOKENS = 200
 
@@ -13,13 +13,13 @@ _SAMPLE_TOKENS = 200
 def stats(location: str | Path, *, access: Access | None = None) -> dict:
     """Rows, tokens, documents and bytes of each split, their ratios, and a decoded sample of its first row.
 
-    "lengths": documents by tokens, marks included, as {"2-4": 3, ...}: upper ends belong to their group, lower ones not.
-    "padding_share": tokens of the rows that are padding; the only waste there is.
+    "lengths": documents by tokens, marks included, as {"2-4": 3, ...}; a group contains its upper end, not its lower one.
+    "padding_share": share of the tokens of all rows that are padding.
     Raises DatasetError or ShardError for a dataset whose record or first shard cannot be read.
     """
     info = load_dataset_info(location, access)
     tokenizer = Tokenizer.load(info.tokenizer_path)
-    report = {
+    report: dict = {
         "path": info.location,
         "fingerprint": info.fingerprint,
         "tokenizer_fingerprint": info.tokenizer_fingerprint,

@@ -1,18 +1,19 @@
-"""Reads every byte of a prepared dataset and compares it with what `dataset.json` promises.
+"""Reads every byte of a prepared dataset and compares it with `dataset.json`.
 
-A dataset that passes holds every row that was written, decodable and unaltered. It refuses the first file that is
-missing, of another size or another sha256, miscounted or not decodable, by name.
+A dataset that passes holds every row that was written, decodable and unaltered. It raises for the first file that is missing,
+has another size or sha256, has another number of rows, or cannot be decoded.
 """
 
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from ssa_pipelines.errors import ShardError
 from ssa_pipelines.shards.dataset import DatasetInfo, StoredFile, load_dataset_info
 from ssa_pipelines.shards.packing import from_sample
-from ssa_pipelines.shards.row_reader import check_index
-from ssa_pipelines.storage.integrity import check_sha256, check_size
+from ssa_pipelines.shards.row_reader import check_index, unreadable_row
+from ssa_pipelines.storage.integrity import check_sha256, check_size, decompressed
 from ssa_pipelines.storage.shard_cache import Access, Cache, Wanted
 from ssa_pipelines.storage.stall_timer import STALL_TIMEOUT
 
@@ -20,9 +21,9 @@ Progress = Callable[[str, int, int | None], None]
 
 
 def verify(location: str | Path, *, stall_timeout: float = STALL_TIMEOUT, progress: Progress | None = None) -> dict:
-    """Checks the whole dataset at `location`; writes nothing. A remote one is read shard by shard, and none is kept.
+    """Checks the whole dataset at `location`; writes nothing. A remote one is downloaded shard by shard, and none is kept.
 
-    progress: called with ("verifying", bytes checked, bytes in all) after each shard.
+    progress: called with ("verifying", bytes checked, total bytes) after each shard.
     Returns {"path", "fingerprint", "splits": {name: {"rows", "shards", "bytes"}}}.
     Raises DatasetError for a bad `dataset.json`, ShardError naming the first bad file otherwise.
     """
@@ -34,7 +35,7 @@ def verify(location: str | Path, *, stall_timeout: float = STALL_TIMEOUT, progre
 def _verify(info: DatasetInfo, access: Access, progress: Progress | None) -> dict:
     cache = Cache(info.remote, info.path, access) if info.remote else None
 
-    def at_hand(name: str, stored: StoredFile) -> Path:
+    def checked(name: str, stored: StoredFile) -> Path:
         if cache:
             return cache.fetch(Wanted(name, stored.bytes, stored.sha256))
         check_size(info.path / name, stored.bytes)
@@ -42,20 +43,23 @@ def _verify(info: DatasetInfo, access: Access, progress: Progress | None) -> dic
         return info.path / name
 
     for name, stored in info.files.items():
-        at_hand(name, stored)
+        checked(name, stored)
     total = sum(file.bytes for split in info.splits.values() for file in split.files.values())
-    done, report = 0, {}
+    done = 0
+    report: dict[str, dict] = {}
     for name, split in info.splits.items():
         if cache:
-            at_hand(f"{name}/index.json", split.files["index.json"])
+            checked(f"{name}/index.json", split.files["index.json"])
         check_index(info, name)
         folder, rows, shards = info.path / name, 0, 0
         for shard in _shards(info, name):
             stored_name = (shard.zip_data or shard.raw_data).basename
-            stored = split.files.get(stored_name)
-            if stored is None:
-                raise ShardError(folder / stored_name, "in the index, but dataset.json does not know it")
-            path = at_hand(f"{name}/{stored_name}", stored)
+            if stored_name not in split.files:
+                raise ShardError(
+                    folder / stored_name, "in the index, but not in dataset.json", id="shard-not-in-dataset"
+                )
+            stored = split.files[stored_name]
+            path = checked(f"{name}/{stored_name}", stored)
             rows += _check_rows(info, folder, shard)
             shards += 1
             done += stored.bytes
@@ -64,9 +68,8 @@ def _verify(info: DatasetInfo, access: Access, progress: Progress | None) -> dic
             if progress:
                 progress("verifying", done, total)
         if rows != split.rows or shards != len(split.files) - 1:
-            raise ShardError(
-                folder, f"{shards} shards, {rows} rows; dataset.json: {len(split.files) - 1}, {split.rows}"
-            )
+            problem = f"{shards} shards, {rows} rows; dataset.json: {len(split.files) - 1}, {split.rows}"
+            raise ShardError(folder, problem, id="split-miscounted")
         report[name] = {"rows": rows, "shards": shards, "bytes": sum(file.bytes for file in split.files.values())}
     return {"path": info.location, "fingerprint": info.fingerprint, "splits": report}
 
@@ -74,38 +77,34 @@ def _verify(info: DatasetInfo, access: Access, progress: Progress | None) -> dic
 def _shards(info: DatasetInfo, split: str) -> list:
     from streaming import LocalDataset  # seconds to import
 
-    return LocalDataset(str(info.path), split).shards
+    shards: list = LocalDataset(str(info.path), split).shards
+    return shards
 
 
-def _check_rows(info: DatasetInfo, folder: Path, shard) -> int:
-    """Decodes every row of one shard; a compressed one in a temporary folder. Returns the number of rows."""
+def _check_rows(info: DatasetInfo, folder: Path, shard: Any) -> int:
+    """Decodes every row of one shard, in a temporary folder if it is compressed. Returns the number of rows."""
     if not shard.zip_data:
         return _decode_rows(info, folder / shard.raw_data.basename, shard)
-    from streaming.base.compression import decompress
-
-    left_by_stream = folder / shard.raw_data.basename  # what training has decompressed already is what it will read
+    left_by_stream = folder / shard.raw_data.basename  # decompressed earlier; streams read this copy
     if left_by_stream.exists():
         check_sha256(left_by_stream, shard.raw_data.hashes["sha256"])
     with tempfile.TemporaryDirectory() as temporary:
         compressed = folder / shard.zip_data.basename
-        try:
-            data = decompress(shard.compression, compressed.read_bytes())
-        except Exception as error:  # the decompressors each have an error type of their own
-            raise ShardError(compressed, f"cannot be decompressed ({error})") from error
+        data = decompressed(compressed, compressed.read_bytes(), shard.compression)
         Path(temporary, shard.raw_data.basename).write_bytes(data)
         shard.dirname, shard.split = temporary, ""
         return _decode_rows(info, compressed, shard)
 
 
-def _decode_rows(info: DatasetInfo, shown: Path, shard) -> int:
+def _decode_rows(info: DatasetInfo, shown: Path, shard: Any) -> int:
     raw = Path(shard.dirname, shard.split, shard.raw_data.basename)
     with open(raw, "rb") as file:
         header = int.from_bytes(file.read(4), "little")  # MDS begins with the number of samples, uint32
     if header != shard.samples:
-        raise ShardError(shown, f"its header says {header} rows, the index {shard.samples}")
+        raise ShardError(shown, f"{header} rows in its header, {shard.samples} in the index", id="shard-miscounted")
     for index in range(shard.samples):
         try:
             from_sample(shard[index], row_length=info.row_length, vocab_size=info.vocab_size)
         except (OSError, ValueError, IndexError, KeyError, TypeError, EOFError) as error:
-            raise ShardError(shown, f"row {index} of {shard.samples} cannot be read ({error})") from error
-    return shard.samples
+            raise unreadable_row(shown, index, shard.samples, error) from error
+    return int(shard.samples)

@@ -1,4 +1,4 @@
-"""Size and sha256 of a file or of its contents against what a dataset's record says; any difference is a ShardError."""
+"""Compares size and sha256 of a file, or of its contents, with those in a dataset's record. A difference is a ShardError."""
 
 import hashlib
 import os
@@ -12,7 +12,7 @@ def check_size(path: Path, expected: int) -> None:
     try:
         found = os.stat(path).st_size
     except FileNotFoundError:
-        raise ShardError(path, "missing") from None
+        raise ShardError(path, "missing", id="shard-missing") from None
     _compare_size(path, found, expected)
 
 
@@ -22,22 +22,35 @@ def check_sha256(path: Path, expected: str) -> None:
         with open(path, "rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise ShardError(path, f"cannot be read ({error.strerror})") from error
+        raise ShardError(path, f"cannot be read ({error.strerror})", id="shard-unreadable") from error
     _compare_sha256(path, found, expected)
 
 
 def check_bytes(shown: object, data: bytes, size: int, sha256: str) -> None:
-    """Raises ShardError unless a file's contents are of this size and sha256."""
+    """Raises ShardError unless a file's contents have this size and sha256."""
     _compare_size(shown, len(data), size)
     _compare_sha256(shown, hashlib.sha256(data).hexdigest(), sha256)
 
 
+def decompressed(shown: object, data: bytes, compression: str) -> bytes:
+    """The uncompressed contents of a shard. Raises ShardError when they cannot be decompressed."""
+    from streaming.base.compression import decompress  # seconds to import
+
+    try:
+        contents: bytes = decompress(compression, data)
+    except Exception as error:  # each decompressor has its own error type
+        raise ShardError(shown, f"cannot be decompressed ({error})", id="shard-not-decompressed") from error
+    return contents
+
+
 def _compare_size(shown: object, found: int, expected: int) -> None:
-    if found != expected:
-        kind = "truncated" if found < expected else "too long"
-        raise ShardError(shown, f"{kind}: {found} bytes, {expected} expected")
+    if found < expected:
+        raise ShardError(shown, f"truncated: {found} bytes, {expected} expected", id="shard-truncated")
+    if found > expected:
+        raise ShardError(shown, f"too long: {found} bytes, {expected} expected", id="shard-too-long")
 
 
 def _compare_sha256(shown: object, found: str, expected: str) -> None:
     if found != expected:
-        raise ShardError(shown, f"contents changed: sha256 {found[:16]}..., {expected[:16]}... expected")
+        problem = f"contents changed: sha256 {found[:16]}..., {expected[:16]}... expected"
+        raise ShardError(shown, problem, id="shard-altered")

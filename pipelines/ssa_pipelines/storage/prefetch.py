@@ -1,7 +1,7 @@
-"""Calls made by daemon threads, in order, whose results are waited for with a limit.
+"""Calls made by daemon threads, in order. The caller waits for a result with a limit.
 
-What a thread hangs on (a dead file system, a server that answers nothing) can neither be stopped nor be allowed to keep
-the process alive; so the threads are daemons, and the one who waits gives up with an error instead.
+A thread that hangs (a dead file system, a silent server) cannot be stopped and must not keep the process alive. So the
+threads are daemons, and the caller raises an error instead.
 """
 
 import queue
@@ -27,7 +27,7 @@ class DaemonPool:
         return future
 
     def close(self, seconds: float) -> None:
-        """Ends the threads, after the calls submitted so far; waits no longer than this."""
+        """Ends the threads after the calls submitted so far; waits at most this long per thread."""
         for _ in self._threads:
             self._calls.put(None)
         for thread in self._threads:
@@ -45,7 +45,7 @@ class DaemonPool:
 
 
 def start(function: Callable, *arguments: Any) -> Future:
-    """The future result of function(*arguments), called by a daemon thread of its own, which may hang for good."""
+    """The future result of function(*arguments), called by a separate daemon thread, which may hang for ever."""
     pool = DaemonPool(1, "call")
     future = pool.submit(function, *arguments)
     pool.close(0)

@@ -1,8 +1,8 @@
-"""Files of remote datasets, brought to a folder of this machine: checked, shared by its processes, and kept under a limit.
+"""Local cache of the files of remote datasets: checked, shared by the processes of a machine, and kept under a size limit.
 
-A file is in the cache whole and with its sha256 right, or not at all. What may pass (a lost connection, a busy or stalled
-server, a garbled transfer) is retried with growing pauses within the stall timeout (stall_timer.py); what cannot (no such
-object, no access, wrong contents twice) is a ShardError at once. Nothing but files of ours is ever removed.
+A file is in the cache complete and with the right sha256, or not at all. Transient
+errors (lost connection, busy or stalled server, garbled transfer) are retried within the stall timeout (stall_timer.py).
+Permanent ones (no such object, no access, wrong contents twice) raise ShardError at once. Only own files are removed.
 """
 
 import errno
@@ -20,27 +20,24 @@ from typing import NamedTuple
 
 from ssa_pipelines.errors import DatasetError, ShardError
 from ssa_pipelines.storage import object_store as storage
-from ssa_pipelines.storage.integrity import check_bytes, check_sha256
+from ssa_pipelines.storage.integrity import check_bytes, check_sha256, decompressed
 from ssa_pipelines.storage.prefetch import start
 from ssa_pipelines.storage.stall_timer import STALL_TIMEOUT, Arrival, StallTimer
 
-_LOCKS = 64  # lock files in a cache folder; never removed, because a lock on a removed file keeps nobody out
-_FIRST_PAUSE, _LONGEST_PAUSE = (
-    0.25,
-    5.0,
-)  # seconds; no longer, since a pause may go on when the stall timer starts to run
-_OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS)
-_FOR_GOOD = {"403", "404", "AccessDenied", "NoSuchKey", "NoSuchBucket", "InvalidAccessKeyId", "SignatureDoesNotMatch"}
+_LOCKS = 64  # lock files per cache folder; never removed, because a lock on a removed file excludes no other process
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.25, 5.0  # seconds; not longer, since the stall timer may start during a pause
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS)
+_PERMANENT = {"403", "404", "AccessDenied", "NoSuchKey", "NoSuchBucket", "InvalidAccessKeyId", "SignatureDoesNotMatch"}
 
 
 class Access(NamedTuple):
-    """How a process reaches datasets that are not here.
+    """How a process reaches remote datasets.
 
     cache: folder for their files, `~/.cache/ssa-megatron` by default; processes and jobs may share it.
-    cache_limit: bytes the shards in it may take, beside those just being fetched; None is no limit. The least recently
-        used go first.
-    stall_timeout: seconds of failures with one file (no connection, errors, silence) after which it is an error; only those
-        count in which training is blocked and no bytes arrive.
+    cache_limit: bytes of the shards in it, in addition to those being fetched; None for no limit. The least recently used
+        are removed first.
+    stall_timeout: seconds of failures with one file (no connection, errors, silence) after which it is an error. Only time
+        in which training is blocked and no bytes arrive counts.
     """
 
     cache: str | Path | None = None
@@ -53,7 +50,7 @@ class Access(NamedTuple):
 
 
 class Wanted(NamedTuple):
-    """A file of a dataset: its name there, size and sha256; of a compressed shard also what it unpacks to, and how."""
+    """A file of a dataset: name, size in bytes, sha256; of a compressed shard also the file it unpacks to, and how."""
 
     name: str
     size: int
@@ -74,7 +71,7 @@ class Cache:
         self._stall_timer = stall_timer or StallTimer(access.stall_timeout)
 
     def fetch(self, wanted: Wanted) -> Path:
-        """The file, unpacked if it is compressed, on this machine. Raises ShardError or DatasetError, naming it."""
+        """Path of the local copy, unpacked if the file is compressed. Raises ShardError or DatasetError, naming it."""
         target = self.folder / (wanted.unpacked or wanted).name
         if _is_there(target, wanted):
             return target
@@ -82,15 +79,16 @@ class Cache:
             with self._locked(wanted.name) as since:
                 if not _is_there(target, wanted):
                     self._clean(wanted.name)
-                    self._bring(wanted, target, since)
+                    self._fetch_locked(wanted, target, since)
         except OSError as error:
             raise DatasetError(
                 f"{target}: cannot be written ({error.strerror or error}); {wanted.name} of {self.remote} goes there",
                 remedy="free space there, or name another folder with data.cache",
+                id="cache-not-written",
             ) from error
         return target
 
-    def _bring(self, wanted: Wanted, target: Path, since: float) -> None:
+    def _fetch_locked(self, wanted: Wanted, target: Path, since: float) -> None:
         url = storage.join(self.remote, wanted.name)
         for needed in (target.parent, self._parts):
             needed.mkdir(parents=True, exist_ok=True)
@@ -112,14 +110,14 @@ class Cache:
             except ShardError as error:
                 if damaged or error.__cause__ is not None:
                     raise
-                damaged = True  # once may be the transfer's fault
+                damaged = True  # the transfer may have damaged it once
             except OSError as error:
                 if error.errno != errno.ENOSPC or not self._evict(2 * wanted.size):
                     raise
             finally:
                 with suppress(OSError):
                     part.unlink()
-            since = time.monotonic()  # it did come
+            since = time.monotonic()  # something arrived
 
     def _make_room(self, need: int) -> None:
         limit = self._limit
@@ -128,6 +126,7 @@ class Cache:
                 raise DatasetError(
                     f"{self._root}: the cache limit of {limit:,} bytes cannot hold a shard of {need:,}",
                     remedy="raise data.cache_limit to several shards",
+                    id="cache-limit-below-shard",
                 )
             self._evict(need - (limit - sum(size for _, size, _ in self._shards())))
 
@@ -137,7 +136,7 @@ class Cache:
         for _, size, path in sorted(self._shards()):
             if freed >= amount:
                 break
-            with suppress(OSError):  # another process was faster
+            with suppress(OSError):  # another process removed it
                 path.unlink()
                 freed += size
         return freed
@@ -150,14 +149,14 @@ class Cache:
                 yield stat.st_mtime, stat.st_size, path
 
     def _clean(self, name: str) -> None:
-        """Removes what a process that died while it held this file's lock has left."""
+        """Removes what a process left behind that died while it held this file's lock."""
         for path in self._parts.glob(f"{_flat(name)}.*.part*"):
             with suppress(OSError):
                 path.unlink()
 
     @contextmanager
     def _locked(self, name: str) -> Iterator[float]:
-        """Only one process brings a file; the kernel drops the lock with its owner. Yields since when nothing has come."""
+        """Lets only one process fetch a file; the kernel drops the lock with its owner. Yields since when nothing arrived."""
         locks = self.folder / ".locks"
         locks.mkdir(parents=True, exist_ok=True)
         since, arrival = time.monotonic(), None
@@ -172,15 +171,15 @@ class Cache:
                         since = time.monotonic()
                     if self._stall_timer.left(since) <= 0:
                         url, seconds = storage.join(self.remote, name), self._stall_timer.seconds
-                        said = "another process of this machine is at it, and nothing comes"
-                        raise ShardError(url, f"not to be had within {seconds:g} s ({said})", remedy=_REACH) from None
+                        problem = f"not fetched within {seconds:g} s: another process of this machine fetches it without progress"
+                        raise ShardError(url, problem, remedy=_REACH, id="shard-locked") from None
                     time.sleep(0.02)
             yield since
 
 
 @functools.cache
 def _downloader(scheme: str):
-    """streaming's downloader for s3://, gs://, ...: one a process, since making a client takes half a second."""
+    """streaming's downloader for s3://, gs://, ...: one per process, since making a client takes half a second."""
     from streaming.base.storage import CloudDownloader
 
     return CloudDownloader.get(f"{scheme}://")
@@ -190,7 +189,7 @@ os.register_at_fork(after_in_child=_downloader.cache_clear)
 
 
 def read_remote(url: str, access: Access) -> bytes:
-    """The contents of a small remote file that nothing is known of yet. Raises ShardError when it cannot be had."""
+    """The contents of a small remote file of unknown size and sha256. Raises ShardError when it cannot be fetched."""
     with tempfile.TemporaryDirectory() as folder:
         part = Path(folder, "file.part")
         _download(url, part, StallTimer(access.stall_timeout), time.monotonic())
@@ -198,15 +197,13 @@ def read_remote(url: str, access: Access) -> bytes:
 
 
 def _download(url: str, target: Path, stall_timer: StallTimer, since: float) -> None:
-    """Brings one object to `target`. Raises ShardError, with a cause, when it cannot be had, OSError for a full disk.
+    """Downloads one object to `target`. Raises ShardError with a cause when it cannot be fetched, OSError for a full disk.
 
-    since: when it was first wanted, or something of it last came, by the clock of time.monotonic().
+    since: when it was first wanted, or part of it last arrived, on the clock of time.monotonic().
     """
-    arrival, silence = (
-        Arrival(target.parent, target.stem, stall_timer),
-        stall_timer.seconds / 2,
-    )  # so there is time for two
-    pause, said, number = _FIRST_PAUSE, "no answer", 0
+    arrival = Arrival(target.parent, target.stem, stall_timer)
+    silence = stall_timer.seconds / 2  # leaves time for two attempts
+    pause, reason, number = _FIRST_PAUSE, "no answer", 0
     while True:
         number += 1
         attempt = _Attempt(url, Path(f"{target}.{number}"), silence)
@@ -218,28 +215,28 @@ def _download(url: str, target: Path, stall_timer: StallTimer, since: float) -> 
                     raise TimeoutError
             attempt.path.rename(target)
             return
-        except Exception as error:  # every store's library has errors of its own
+        except Exception as error:  # the library of each store has its own errors
             attempt.give_up()
-            if isinstance(error, OSError) and error.errno in _OF_THE_DISK:
+            if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
                 raise
             code = getattr(error, "response", {}).get("Error", {}).get("Code")
             if not isinstance(error, TimeoutError):
-                said = str(error) or type(error).__name__
-            if code in _FOR_GOOD or isinstance(error, FileNotFoundError):
-                raise ShardError(url, f"not there, or no access ({code}: {said})", remedy=_REACH) from error
+                reason = str(error) or type(error).__name__
+            if code in _PERMANENT or isinstance(error, FileNotFoundError):
+                problem = f"does not exist, or no access ({code}: {reason})"
+                raise ShardError(url, problem, remedy=_REACH, id="object-missing") from error
             left = stall_timer.left(since)
             if left <= _FIRST_PAUSE:
-                raise ShardError(
-                    url, f"not to be had within {stall_timer.seconds:g} s ({said})", remedy=_REACH
-                ) from error
-        time.sleep(min(pause, left) * random.uniform(0.5, 1))  # ranks that failed together do not come back together
+                problem = f"not fetched within {stall_timer.seconds:g} s ({reason})"
+                raise ShardError(url, problem, remedy=_REACH, id="object-stalled") from error
+        time.sleep(min(pause, left) * random.uniform(0.5, 1))  # ranks that failed together must not retry together
         pause = min(2 * pause, _LONGEST_PAUSE)
 
 
 class _Attempt:
-    """One download to a file of its own, by a thread that may hang; given up, it leaves nothing when it ends after all.
+    """One download to a separate file, by a thread that may hang. After `give_up` it removes its file whenever it ends.
 
-    silence: seconds in which nothing comes, after which `is_over` raises TimeoutError.
+    silence: seconds without progress after which `is_over` raises TimeoutError.
     """
 
     def __init__(self, url: str, path: Path, silence: float):
@@ -248,7 +245,7 @@ class _Attempt:
         self._future = start(self._run)
 
     def is_over(self) -> bool:
-        """Whether the file is there, after a moment's wait. Raises what the download raised."""
+        """Whether the download has ended, after waiting for 0.1 s. Raises what the download raised."""
         try:
             self._future.result(0.1)
             return True
@@ -268,17 +265,14 @@ class _Attempt:
 
 
 def _flat(name: str) -> str:
-    """A file's name in a dataset as that of a file in one folder."""
+    """A dataset's file name, which may contain slashes, as a name within one folder."""
     return name.replace("/", "-")
 
 
 def _unpack(url: str, data: bytes, wanted: Wanted) -> bytes:
-    from streaming.base.compression import decompress
-
-    try:
-        data = decompress(wanted.compression, data)
-    except Exception as error:  # the decompressors each have an error type of their own
-        raise ShardError(url, f"cannot be decompressed ({error})") from error
+    assert wanted.unpacked is not None
+    assert wanted.compression is not None
+    data = decompressed(url, data, wanted.compression)
     check_bytes(url, data, wanted.unpacked.size, wanted.unpacked.sha256)
     return data
 
@@ -286,7 +280,7 @@ def _unpack(url: str, data: bytes, wanted: Wanted) -> bytes:
 def _is_there(target: Path, wanted: Wanted) -> bool:
     """Whether the file is in the cache; marks it as just used.
 
-    The rows of a shard have checksums of their own; other files are small, and one that the disk altered is fetched again.
+    Rows of a shard have checksums. Other files are small and checked here, so that one altered by the disk is fetched again.
     """
     try:
         if target.stat().st_size != (wanted.unpacked or wanted).size:

@@ -1,8 +1,8 @@
 """Which source each row of a run comes from: weights that change at given token counts, as a pure function.
 
-Row p of the run is row `at(p)` of one source; nothing but the seed, the phases and p enters, so no number of ranks or
-restarts can change it. Every prefix of the run holds each source in its weight to within a row or two. It refuses weights
-that name no source, sources that no weight names, and positive weights too small to be kept.
+Row p of the run is row `at(p)` of one source. It depends only on the seed, the phases and p, not on ranks or restarts. Every
+prefix of the run holds each source in proportion to its weight, to within two rows. It refuses weights of unknown sources,
+sources without a weight, and positive weights too small to be exact.
 """
 
 import itertools
@@ -16,19 +16,19 @@ from numpy.typing import NDArray
 from ssa_pipelines.errors import DatasetError
 from ssa_pipelines.randomness import uniform
 
-BLOCK = 1 << 16  # rows whose sources are drawn together; a weight under 1 / BLOCK could not be kept exactly
+BLOCK = 1 << 16  # rows whose sources are drawn together; a weight under 1 / BLOCK would not be exact
 _UNIT = 1 << 30  # weights are multiples of 1 / _UNIT: integers make every count exact
 
 
 class Phase(NamedTuple):
-    """From this many tokens of the run on, rows are drawn from the sources in these weights (of any sum)."""
+    """From this many tokens of the run on, rows are drawn from the sources with these weights (of any sum)."""
 
     from_tokens: int
     weights: Mapping[str, float]
 
 
 class Origin(NamedTuple):
-    """Where a mixture begins: a row of the run, and how many rows of each source were seen before it."""
+    """Where a mixture begins: a row of the run, and the rows of each source that were seen before it."""
 
     row: int
     seen: tuple[int, ...]
@@ -37,9 +37,8 @@ class Origin(NamedTuple):
 class Mixture:
     """The sources of a run's rows.
 
-    names: the sources; a source's number is its place here. phases: the first begins at 0 tokens, each later than the one
-    before. origin: from which row on this mixture holds, after an earlier one. Raises DatasetError for phases that cannot
-    be.
+    names: the sources; a source's number is its index here. phases: the first begins at 0 tokens, each later than the one
+    before. origin: the row from which this mixture holds, after an earlier one. Raises DatasetError for impossible phases.
     """
 
     def __init__(
@@ -61,8 +60,8 @@ class Mixture:
             seen = seen if end is None else seen + self._count(len(self._parts) - 1, end - begin)
 
     def at(self, row: int, count: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """(sources, rows) [count] of rows row .. row + count - 1 of the run: the source's number, and which of its rows,
-        counted over all its epochs.
+        """(sources, rows) of rows row .. row + count - 1 of the run, each [count]: the number of the source, and the number
+        of its row, counted over all its epochs.
         """
         sources, rows = np.empty(count, np.int64), np.empty(count, np.int64)
         filled = 0
@@ -78,14 +77,14 @@ class Mixture:
         return sources, rows
 
     def seen(self, row: int) -> NDArray[np.int64]:
-        """Rows of each source that come before this row of the run, counted over all its epochs."""
+        """Rows of each source before this row of the run, counted over all epochs: [sources]."""
         if row <= self.origin.row:
             return np.array(self.origin.seen, np.int64)
         number, inside = self._locate(row)
         return self._parts[number][2] + self._count(number, inside)
 
     def _locate(self, row: int) -> tuple[int, int]:
-        """The phase that a row of the run lies in, and its place there."""
+        """The phase that contains a row of the run, and the row's offset in it."""
         assert row >= self.origin.row, (row, self.origin)
         number = max(n for n, (begin, _, _) in enumerate(self._parts) if begin <= row)
         return number, row - self._parts[number][0]
@@ -118,42 +117,40 @@ class Mixture:
             drawn = np.repeat(np.arange(len(counts)), counts)
             order = np.argsort((nth + np.concatenate(jitter)) / counts[drawn], kind="stable")
             found = drawn[order], nth[order]
-            # One thread reads and another saves the position: a new dict, so that at worst both draw the same block.
+            # One thread reads and another saves the position. A new dict is safe: at worst both draw the same block.
             self._blocks = {**dict(list(self._blocks.items())[-3:]), (number, block): found}
         return found
 
 
 def _check(names: Sequence[str], phases: Sequence[Phase]) -> None:
     if not phases or phases[0].from_tokens != 0:
-        raise DatasetError(
-            "the first phase of the mixture does not begin at 0 tokens", remedy="set its from_tokens to 0"
-        )
+        problem = "the first phase of the mixture does not begin at 0 tokens"
+        raise DatasetError(problem, remedy="set its from_tokens to 0", id="first-phase")
     for earlier, later in itertools.pairwise(phases):
         if later.from_tokens <= earlier.from_tokens:
             raise DatasetError(
                 f"a phase at {later.from_tokens:,} tokens follows one at {earlier.from_tokens:,}",
-                remedy="give the phases in the order they come",
+                remedy="sort the phases by from_tokens",
+                id="phase-order",
             )
     for phase in phases:
         where = f"phase at {phase.from_tokens:,} tokens: "
         if unknown := sorted(set(phase.weights) - set(names)):
-            raise DatasetError(
-                f"{where}weights for {', '.join(unknown)}, which is no source", remedy=f"sources: {', '.join(names)}"
-            )
+            problem = f"{where}weights for unknown sources: {', '.join(unknown)}"
+            raise DatasetError(problem, remedy=f"sources: {', '.join(names)}", id="weight-of-unknown-source")
         total = sum(phase.weights.values())
         if not 0 < total < math.inf or min(phase.weights.values()) < 0:
-            raise DatasetError(
-                f"{where}weights {dict(phase.weights)}", remedy="use finite weights of 0 or more, not all 0"
-            )
+            problem = f"{where}weights {dict(phase.weights)}"
+            raise DatasetError(problem, remedy="use finite weights of 0 or more, not all 0", id="impossible-weights")
         for name, weight in phase.weights.items():
             if 0 < weight < total / BLOCK:
-                raise DatasetError(
-                    f"{where}weight {weight} of {name} is under 1/{BLOCK} of all", remedy="raise it, or set it to 0"
-                )
+                problem = f"{where}weight {weight} of {name} is under 1/{BLOCK} of the sum"
+                raise DatasetError(problem, remedy="raise it, or set it to 0", id="weight-too-small")
     if forgotten := sorted(set(names) - {name for phase in phases for name in phase.weights}):
         raise DatasetError(
-            f"no phase gives {', '.join(forgotten)} a weight: none of it would be read",
-            remedy="name it in a phase (0 says that it is meant), or leave the source out",
+            f"no phase has a weight for {', '.join(forgotten)}: none of it would be read",
+            remedy="name it in a phase (with 0, if that is intended), or leave the source out",
+            id="source-without-weight",
         )
 
 
@@ -166,7 +163,7 @@ def _shares(weights: list[float]) -> list[int]:
 
 
 def _apportion(shares: list[int], rows: int) -> NDArray[np.int64]:
-    """`rows` shared out by largest remainder. Grows with `rows` in steps of BLOCK, as no share is under 1 / BLOCK."""
+    """`rows` apportioned by largest remainder. Grows with `rows` in steps of BLOCK, as no share is under 1 / BLOCK."""
     counts = [share * rows // _UNIT for share in shares]
     order = sorted(range(len(shares)), key=lambda i: (-(shares[i] * rows % _UNIT), i))
     for i in order[: rows - sum(counts)]:

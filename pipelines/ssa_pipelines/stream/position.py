@@ -1,8 +1,8 @@
-"""A stream's position as plain values for a checkpoint, and back: what is only valid together is compared.
+"""A stream's position as plain values for a checkpoint, and back.
 
-A position is one number, and beside it is all that it is only valid with: fingerprints of the data, seed, shuffle, weights,
-and digests of the order that follows. It refuses to continue on anything else, naming every difference, unless a reason
-is given; the reason is kept.
+The position is one number. It is saved with all that it depends on: fingerprints of the data, seed, shuffle, weights, and
+digests of the order that follows. It refuses to continue on anything else, naming every difference, unless a reason is
+given; the reason is kept.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ def save(stream: "TrainStream") -> dict:
     return {
         "format": STATE_FORMAT,
         "samples_seen": position,
-        **_valid_with(stream),
+        **_depends_on(stream),
         "rows_seen": dict(zip(rows.names, seen, strict=True)),
         "origin": {
             "row": rows.mixture.origin.row,
@@ -38,21 +38,23 @@ def save(stream: "TrainStream") -> dict:
 
 
 def restore(stream: "TrainStream", state: dict, reason: str | None) -> None:
-    """Puts a stream where `state` was taken; see TrainStream.load_state_dict."""
+    """Moves a stream to where `state` was taken; see TrainStream.load_state_dict."""
     position = state.get("samples_seen")
     if state.get("format") != STATE_FORMAT or not isinstance(position, int) or position < 0:
         raise DatasetMismatch(
             f"saved position: format {state.get('format')}, samples_seen {position}, not format {STATE_FORMAT}",
             remedy="resume from a checkpoint written by this version",
+            id="position-format",
         )
-    differences = _differences(state, _valid_with(stream))
+    differences = _differences(state, _depends_on(stream))
     before = stream.rows.mixture.origin
     if differences:
         if not (reason and reason.strip()):
             raise DatasetMismatch(
                 "saved position: " + "; ".join(differences),
-                remedy="resume with the data, weights, seed and shuffle of the checkpoint, start a new run, or say why it "
-                "is to go on with data.accept_changes=REASON",
+                remedy="resume with the data, weights, seed and shuffle of the checkpoint, start a new run, or continue "
+                "with data.accept_changes=REASON",
+                id="position-of-other-data",
             )
         same_order = all(state.get(field) == value for field, value in stream.order.items())
         datasets = state.get("datasets", {})
@@ -72,12 +74,13 @@ def restore(stream: "TrainStream", state: dict, reason: str | None) -> None:
             raise DatasetMismatch(
                 f"saved position: order is {state.get('digests')} in the checkpoint, {digests} here",
                 remedy="resume with the version of mosaicml-streaming and numpy that began the run",
+                id="order-changed",
             )
         stream.changes = list(state.get("changes", []))
     stream.samples_seen = position
 
 
-def _valid_with(stream: "TrainStream") -> dict:
+def _depends_on(stream: "TrainStream") -> dict:
     return {
         "split": stream.split,
         **stream.order,
@@ -102,9 +105,9 @@ def _differences(state: dict, own: dict) -> list[str]:
 
 
 def _digests(stream: "TrainStream", position: int) -> dict[str, str]:
-    """Of the order that follows: for each source that of its epoch, and the sources of the next rows."""
+    """Digests of the order that follows: per source that of its epoch, and that of the sources of the next rows."""
     rows, seen = stream.rows, stream.rows.mixture.seen(position)
     digests = {name: order.digest(int(n)) for name, order, n in zip(rows.names, rows.orders, seen, strict=True)}
     sources, _ = rows.mixture.at(position, 1024)
-    mixed = hashlib.blake2b(np.ascontiguousarray(sources, "<i8"), digest_size=16).hexdigest()
+    mixed = hashlib.blake2b(np.ascontiguousarray(sources, "<i8").data, digest_size=16).hexdigest()
     return {**digests, "mixture": mixed} if len(rows.names) > 1 else digests

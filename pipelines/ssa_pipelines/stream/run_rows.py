@@ -1,7 +1,6 @@
-"""All rows a run may ask for: its sources opened, mixed and ordered; row p of the run is a pure function of p.
+"""All rows of a run: its sources opened, mixed and ordered. Row p of the run is a pure function of p.
 
-Sources prepared with different tokenizers or row lengths are refused, and a cache that could not hold what the shuffle
-mixes.
+It refuses sources prepared with different tokenizers or row lengths, and a cache that could not hold what the shuffle mixes.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,8 +20,8 @@ from ssa_pipelines.stream.row_order import SHUFFLE_BLOCK, RunOrder, window_rows
 Location = str | Path
 
 
-class Place(NamedTuple):
-    """Where a row of the run is: its source, the epoch of that source, and the row number in its split."""
+class RowOrigin(NamedTuple):
+    """What a row of the run is made of: its source, the epoch of that source, and the row number in its split."""
 
     source: str
     epoch: int
@@ -32,11 +31,11 @@ class Place(NamedTuple):
 def open_sources(sources: Location | Mapping[str, Location], access: Access | None = None) -> dict[str, DatasetInfo]:
     """The datasets of a run by source name, in name order; a single unnamed one is called "".
 
-    Raises DatasetError for one that is none, DatasetMismatch unless tokenizer and row length are the same in all.
+    Raises DatasetError for a location without a dataset, DatasetMismatch unless all have one tokenizer and row length.
     """
     named = sources if isinstance(sources, Mapping) else {"": sources}
     if not named:
-        raise DatasetError("no dataset was given", remedy="name a folder written by prepare")
+        raise DatasetError("no dataset was given", remedy="name a folder written by prepare", id="no-dataset")
     infos = {name: load_dataset_info(named[name], access) for name in sorted(named)}
     first = next(iter(infos.values()))
     for info in infos.values():
@@ -45,6 +44,7 @@ def open_sources(sources: Location | Mapping[str, Location], access: Access | No
                 raise DatasetMismatch(
                     f"{field} is {getattr(first, field)} in {first.location}, {getattr(info, field)} in {info.location}",
                     remedy="prepare all sources with one tokenizer and one row length",
+                    id="sources-differ",
                 )
     return infos
 
@@ -53,8 +53,7 @@ class RunRows:
     """The rows of a run over one or several sources.
 
     stall_timer: of the consumer of the rows; see RowReader.
-    phases: weights of the sources by tokens of the run; by default each source in proportion to its rows. Row
-    `position` of the run is `place(position)`, and `read(position)` reads it.
+    phases: weights of the sources by tokens of the run; by default each source in proportion to its rows.
     """
 
     def __init__(
@@ -82,13 +81,13 @@ class RunRows:
         self.begin_at(Origin(0, (0,) * len(infos)))
 
     def begin_at(self, origin: Origin) -> None:
-        """From a row of the run on, counts the sources' rows from where an earlier mixture left them."""
+        """Counts the rows of the sources from `origin` on, where an earlier mixture left them."""
         self.mixture = Mixture(self.names, self.phases, row_length=self.row_length, seed=self._seed, origin=origin)
 
-    def places(self, position: int, count: int) -> list[Place]:
-        """Where rows position .. position + count - 1 of the run are."""
+    def origins(self, position: int, count: int) -> list[RowOrigin]:
+        """Source, epoch and row number of rows position .. position + count - 1 of the run."""
         return [
-            Place(self.names[source], at // self.orders[source].rows, self.orders[source].at(at))
+            RowOrigin(self.names[source], at // self.orders[source].rows, self.orders[source].at(at))
             for source, at in self._locate(position, count)
         ]
 
@@ -102,7 +101,7 @@ class RunRows:
         return list(dict.fromkeys(found))
 
     def epochs(self, position: int) -> dict[str, float]:
-        """How often each source was seen before this row of the run."""
+        """Epochs of each source before this row of the run."""
         seen = self.mixture.seen(position)
         return {name: int(n) / order.rows for name, n, order in zip(self.names, seen, self.orders, strict=True)}
 
@@ -120,7 +119,8 @@ def _check_cache(reader: RowReader, shuffle_block: int | None, access: Access | 
     need = int(min(1.0, mixed / reader.rows) * sizes.sum() + 2 * sizes.max())
     if limit < need:
         raise DatasetError(
-            f"{reader.info.location}: a cache of {limit:,} bytes cannot hold the {need:,} bytes that the shuffle mixes, and "
-            "would fetch every shard many times",
+            f"{reader.info.location}: a cache of {limit:,} bytes cannot hold the {need:,} bytes that the shuffle mixes: every "
+            "shard would be downloaded many times",
             remedy="raise data.cache_limit, or lower data.shuffle_block",
+            id="cache-limit-below-shuffle",
         )

@@ -1,15 +1,15 @@
 """Micro-batches of packed rows: endless for training, the first N rows for evaluation.
 
-The k-th micro-batch of the whole run is rows [k*M, (k+1)*M) of the run, and data-parallel rank r of D takes numbers r,
-r + D, r + 2D, ...: the rows of a step, and of every micro-batch in it, do not depend on D, and a position is one number.
-It refuses to continue from a position saved on other data or another order, never ends an epoch short and never hangs.
+Micro-batch k of the run is rows [k*M, (k+1)*M) of the run, and data-parallel rank r of D reads k = r, r + D, r + 2D, ... So
+the rows of a step, and of every micro-batch in it, do not depend on D, and a position is one number. It refuses to continue
+from a position saved on other data or in another order. It never ends an epoch early and never hangs.
 """
 
 import contextlib
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,9 +24,9 @@ from ssa_pipelines.storage.stall_timer import StallTimer
 from ssa_pipelines.stream.mixture import Phase
 from ssa_pipelines.stream.position import restore, save
 from ssa_pipelines.stream.row_order import SHUFFLE_BLOCK
-from ssa_pipelines.stream.run_rows import Location, Place, RunRows, open_sources
+from ssa_pipelines.stream.run_rows import Location, RowOrigin, RunRows, open_sources
 
-_FETCHERS = 4  # threads that bring shards before they are needed
+_FETCHERS = 4  # threads that fetch shards ahead
 _FETCH_AHEAD_ROWS = 4096  # of all ranks
 _GRACE = 5.0  # seconds beyond the stall timeout, in which a failing fetch raises its own, more precise error
 
@@ -35,7 +35,7 @@ class Rows(NamedTuple):
     """One micro-batch.
 
     tokens: int64 [micro_batch_rows, row_length].
-    doc_starts: int32, same shape: for each token the index in its row at which its own document begins.
+    doc_starts: int32, same shape: per token the index in its row at which its document begins.
     """
 
     tokens: Tensor
@@ -45,16 +45,16 @@ class Rows(NamedTuple):
 class TrainStream:
     """An endless iterator over the micro-batches of one data-parallel rank, epoch after epoch.
 
-    Every process constructs its own, with its data-parallel rank; processes that share that rank (tensor, pipeline and
-    context parallel) get the same rows. They need no communication, no torch.distributed and no shared memory.
+    Every process constructs its own with its data-parallel rank. Processes that share that rank (tensor, pipeline and context
+    parallel) get the same rows. This needs no communication, no torch.distributed and no shared memory.
 
     sources, split: a prepared dataset (a folder or a URL), or several by name, and the split to read.
     phases: weights of several sources, and the token counts at which they change; by default in proportion to their rows.
-    micro_batch_rows (M), global_batch_rows (G): rows in a micro-batch of one rank, and in a step of all ranks; G is a
-        multiple of M * data_parallel_size.
+    micro_batch_rows (M), global_batch_rows (G): rows per micro-batch of one rank, and per step of all ranks; G is a multiple
+        of M * data_parallel_size.
     seed, shuffle, shuffle_block: the order of the rows; without shuffle they come as they were packed.
     read_ahead: micro-batches read in advance by one thread; 0 reads when asked. The rows are the same.
-    access: the cache of remote datasets, and how long to bear with trouble: a row that does not come is an error.
+    access: cache of remote datasets, and the stall timeout after which a row that does not arrive is an error.
     Raises DatasetError, ShardError (naming the shard) on opening and on reading.
     """
 
@@ -76,14 +76,15 @@ class TrainStream:
     ):
         _check_layout(micro_batch_rows, global_batch_rows, data_parallel_rank, data_parallel_size, "global_batch_rows")
         if seed < 0 or read_ahead < 0:
-            raise DatasetError(f"seed {seed}, read_ahead {read_ahead}: both must be 0 or more", remedy="use 0 or more")
+            problem = f"seed {seed}, read_ahead {read_ahead}: both must be 0 or more"
+            raise DatasetError(problem, remedy="use 0 or more", id="negative-setting")
         self.infos = open_sources(sources, access)
         self.split, self.samples_seen = split, 0
-        order = {"seed": seed, "shuffle": shuffle, "shuffle_block": shuffle_block}
+        order: dict[str, Any] = {"seed": seed, "shuffle": shuffle, "shuffle_block": shuffle_block}
         self._stall_timer = StallTimer((access or Access()).stall_timeout)
         self.rows = RunRows(self.infos, split, phases=phases, **order, access=access, stall_timer=self._stall_timer)
         self.order = order
-        self.changes: list[dict] = []  # what was accepted on the way; see load_state_dict
+        self.changes: list[dict] = []  # accepted so far; see load_state_dict
         self._rows_per_epoch = sum(reader.rows for reader in self.rows.readers)
         self._micro_batch_rows = micro_batch_rows
         self._offset = data_parallel_rank * micro_batch_rows
@@ -97,7 +98,7 @@ class TrainStream:
         fit = _FETCH_AHEAD_ROWS if limit is None else limit // (16 * self.rows.row_length)  # a quarter of the cache
         self._fetch_ahead_rows = min(fit, _FETCH_AHEAD_ROWS)
         self._fetched_to = 0
-        self._asked: deque[tuple[int, int]] = deque(maxlen=256)  # shards asked for lately
+        self._asked: deque[tuple[int, int]] = deque(maxlen=256)  # shards requested lately
 
     @property
     def rows_per_epoch(self) -> int:
@@ -106,7 +107,7 @@ class TrainStream:
 
     @property
     def epochs(self) -> dict[str, float]:
-        """How often each source has been seen."""
+        """Epochs of each source so far."""
         return self.rows.epochs(self.samples_seen)
 
     def __iter__(self) -> Iterator[Rows]:
@@ -121,24 +122,24 @@ class TrainStream:
         try:
             rows = _waited_for(future, self._stall_timer, self.rows.readers)
         except BaseException:
-            self._drop_pending()  # asked again, it must read this very position again
+            self._drop_pending()  # the next call must read the same position again
             raise
         self.samples_seen += self._stride
         return rows
 
-    def places(self, begin: int, count: int) -> list[Place]:
-        """Source, epoch and row of the rows begin .. begin + count - 1 of the run, over all ranks."""
-        return self.rows.places(begin, count)
+    def row_origins(self, begin: int, count: int) -> list[RowOrigin]:
+        """Source, epoch and row number of rows begin .. begin + count - 1 of the run, over all ranks."""
+        return self.rows.origins(begin, count)
 
     def state_dict(self) -> dict:
-        """The position, for JSON: it holds nothing of the topology, so any rank of any layout may load it."""
+        """The position as JSON values. It does not depend on the topology: any rank of any layout can load it."""
         return save(self)
 
     def load_state_dict(self, state: dict, *, accept_changes: str | None = None) -> None:
-        """Continues where `state` was taken: the next rows are those an uninterrupted run would have had.
+        """Continues where `state` was taken: the next rows are those of an uninterrupted run.
 
-        accept_changes: the reason why data, weights, seed or shuffle may differ from the state's. Sources whose dataset is
-            the same go on where they were, others begin; the change and its reason stay in the state from then on.
+        accept_changes: the reason why data, weights, seed or shuffle may differ from the state's. Sources with the same
+            dataset continue, others begin at their first row. The change and its reason stay in the state.
         Raises DatasetMismatch, with every difference, if there is one and no reason.
         """
         restore(self, state, accept_changes)
@@ -146,7 +147,7 @@ class TrainStream:
         self._fetched_to = 0
 
     def close(self) -> None:
-        """Ends the threads; the stream cannot be read afterwards. A process may also simply exit."""
+        """Ends the threads. The stream cannot be read afterwards. A process may also exit without this."""
         self._drop_pending()
         self._stall_timer.end()
         self._thread.close(5)
@@ -157,7 +158,7 @@ class TrainStream:
         return _collate(self.rows.read(samples_seen + self._offset, self._micro_batch_rows), self.rows.row_length)
 
     def _fetch_ahead(self) -> None:
-        """Has the shards of this rank's next rows brought; a few rows further with each call."""
+        """Submits fetches for the shards of this rank's next rows, a few rows further with each call."""
         if self._fetchers is None:
             return
         begin = max(self.samples_seen, self._fetched_to)
@@ -166,14 +167,14 @@ class TrainStream:
             for source, shard in self.rows.shards(position + self._offset, self._micro_batch_rows):
                 if (source, shard) not in self._asked:
                     self._asked.append((source, shard))
-                    self._fetchers.submit(self.rows.readers[source].bring, shard)
+                    self._fetchers.submit(self.rows.readers[source].prefetch, shard)
             self._fetched_to = position + self._stride
 
     def _drop_pending(self) -> None:
         for future in self._pending:
             future.cancel()
         with contextlib.suppress(Exception):
-            if self._pending:  # the read in progress, if any, must not go on beside a later one
+            if self._pending:  # a read in progress must not run next to a later one
                 self._pending[0].result(0)
         self._pending.clear()
 
@@ -190,9 +191,9 @@ def evaluation_rows(
 ) -> Iterator[Rows]:
     """Yields this rank's micro-batches of the first `rows` rows of a split, as they were packed; the same every time.
 
-    Of several sources each gives its share of the rows, in proportion to its split. All ranks together see each of these
-    rows once. Raises DatasetError at once if there are fewer, or `rows` is no multiple of micro_batch_rows *
-    data_parallel_size; ShardError as TrainStream does.
+    Several sources contribute in proportion to their splits. All ranks together see each row once. Raises DatasetError at
+    once if there are fewer rows, or `rows` is not a multiple of micro_batch_rows * data_parallel_size; ShardError as
+    TrainStream does.
     """
     _check_layout(micro_batch_rows, rows, data_parallel_rank, data_parallel_size, "rows")
     infos = open_sources(sources, access)
@@ -202,6 +203,7 @@ def evaluation_rows(
         raise DatasetError(
             f"rows {rows}: the split {split!r} of {where} holds {sum(have)}",
             remedy="evaluate on fewer rows, or prepare with a larger validation_fraction",
+            id="too-few-rows",
         )
     ends = [rows * sum(have[: i + 1]) // sum(have) for i in range(len(have))]
     stall_timer = StallTimer((access or Access()).stall_timeout)
@@ -230,23 +232,24 @@ def evaluation_rows(
 
 
 def _waited_for(future: Future[Rows], stall_timer: StallTimer, readers: list[RowReader]) -> Rows:
-    """The rows, or a DatasetError that says what the thread reads that has not brought them within the stall timeout.
+    """The rows, or a DatasetError that names what the thread is still reading when the stall timeout ends.
 
-    A fetch in trouble ends by itself, a little sooner. What is no read (the order of a large epoch) may take its time.
+    A failing fetch ends by itself, a little sooner. Work other than reading (the order of a large epoch) is not limited.
     """
     with stall_timer.waiting():
         while (left := stall_timer.left(stall_timer.moved) + _GRACE) > 0:
             try:
                 return future.result(min(left, 1.0))
             except TimeoutError:
-                if future.done():  # the read's own
+                if future.done():  # raised by the read itself
                     raise
             if not any(reader.doing for reader in readers):
                 stall_timer.progressed()
     doing = ", ".join(sorted({reader.doing for reader in readers} - {""}))
     raise DatasetError(
-        f"no row came for {stall_timer.seconds + _GRACE:g} s while reading {doing}",
-        remedy="look at the file system or the store this lies on; the same command continues",
+        f"no row arrived for {stall_timer.seconds + _GRACE:g} s while reading {doing}",
+        remedy="check its file system or store; the same command continues",
+        id="read-stalled",
     )
 
 
@@ -261,11 +264,13 @@ def _collate(found: list[tuple[np.ndarray, np.ndarray, np.ndarray]], row_length:
 def _check_layout(micro: int, total: int, rank: int, size: int, name: str) -> None:
     if micro < 1 or size < 1 or not 0 <= rank < size:
         raise DatasetError(
-            f"micro_batch_rows {micro}, data_parallel_rank {rank}, data_parallel_size {size}: not a layout",
+            f"micro_batch_rows {micro}, data_parallel_rank {rank}, data_parallel_size {size}: impossible",
             remedy="use micro_batch_rows >= 1 and 0 <= data_parallel_rank < data_parallel_size",
+            id="data-parallel-layout",
         )
     if total < 1 or total % (micro * size):
         raise DatasetError(
             f"{name} {total} is not a multiple of micro_batch_rows {micro} x data_parallel_size {size}",
             remedy=f"use a multiple of {micro * size}",
+            id="batch-not-a-multiple",
         )

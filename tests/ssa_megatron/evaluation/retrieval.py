@@ -30,7 +30,7 @@ def trained(folder: Path, steps: int) -> tuple[Opened, Text]:
     """A model of 2 layers and 4 blocks of 16 tokens, and the haystack it was trained in: 60 chapters of scripture."""
     chapters = list(itertools.islice(ssa_pipelines.demo_documents(), 60))
     ssa_pipelines.train_tokenizer(iter(chapters), folder / "t.model", vocab_size=2045)
-    write_tokenizer(folder / "t.model", folder, max_length=128)
+    write_tokenizer(ssa_pipelines.Tokenizer.load(folder / "t.model"), folder, max_length=128)
     tokenizer, haystack = load_tokenizer(folder), Text("60 chapters", chapters)
     torch.manual_seed(0)
     config = SSAConfig(

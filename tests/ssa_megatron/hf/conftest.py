@@ -15,7 +15,7 @@ from ssa_megatron.checkpoint.manifest import Manifest, step_folder
 from ssa_megatron.checkpoint.tensor_file import write_safetensors
 from ssa_megatron.config.recipe import digest, resolve
 from ssa_megatron.hf.export import export
-from ssa_pipelines.tokenizer.sentencepiece_tokenizer import train_tokenizer
+from ssa_pipelines import train_tokenizer
 from tests.oracle import model as oracle
 
 VOCAB = 700

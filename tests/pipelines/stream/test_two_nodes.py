@@ -76,7 +76,7 @@ def test_after_twenty_kills_of_everything_the_ledger_is_that_of_an_uninterrupted
     assert final == expected
 
 
-def test_every_attempt_goes_on_at_the_last_committed_step_without_a_gap(job):
+def test_every_attempt_continues_at_the_last_committed_step_without_a_gap(job):
     folder, _ = job
     for lines in seen(folder, "killed").values():
         for before, after in itertools.pairwise(lines):

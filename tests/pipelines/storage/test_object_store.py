@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 from ssa_megatron import cli
 from ssa_pipelines import CorpusError, DatasetError, iter_documents
 from ssa_pipelines.storage import object_store as storage
+from ssa_pipelines.storage.stores import s3 as s3_store
 from tests.pipelines.object_store import BUCKET
 from tests.pipelines.relay import relayed
 
@@ -26,8 +27,8 @@ def data(s3) -> bytes:
 @pytest.fixture
 def brief(monkeypatch):
     """Short timeouts."""
-    monkeypatch.setattr(storage, "READ_SECONDS", 0.5)
-    monkeypatch.setattr(storage, "TROUBLE_SECONDS", 2.0)
+    monkeypatch.setattr(s3_store, "READ_SECONDS", 0.5)
+    monkeypatch.setattr(s3_store, "TROUBLE_SECONDS", 2.0)
 
 
 def test_an_object_reads_and_seeks_like_the_file_it_was(data):
@@ -42,19 +43,19 @@ def test_an_object_reads_and_seeks_like_the_file_it_was(data):
         assert file.read() == data
 
 
-def test_an_object_of_no_bytes_is_empty(s3):
+def test_an_empty_object_reads_as_empty(s3):
     s3.put("empty", b"")
     with storage.open_binary(f"s3://{BUCKET}/empty") as file:
         assert file.read() == b""
 
 
-def test_a_connection_that_breaks_in_the_middle_is_made_again_where_it_broke(s3, data, brief):
+def test_a_broken_connection_continues_at_the_same_byte(s3, data, brief):
     with relayed(s3) as relay, storage.open_binary(f"s3://{BUCKET}/object") as file:
         relay.first = 1_700_000  # of each connection: what it still holds is lost, and the next one goes on
         assert file.read() == data
 
 
-def test_an_object_that_is_replaced_while_it_is_read_is_an_error_and_not_a_mixture(s3, data):
+def test_an_object_replaced_while_it_is_read_is_an_error(s3, data):
     with storage.open_binary(f"s3://{BUCKET}/object") as file:
         file.read(100)
         s3.put("object", bytes(len(data)))
@@ -63,14 +64,14 @@ def test_an_object_that_is_replaced_while_it_is_read_is_an_error_and_not_a_mixtu
             file.read(1)
 
 
-def test_what_is_not_there_or_not_allowed_is_an_error_at_once(s3):
+def test_an_object_that_is_missing_or_forbidden_is_an_error_at_once(s3):
     began = time.monotonic()
     with pytest.raises(OSError, match="404"):
         storage.open_binary(f"s3://{BUCKET}/absent")
     assert time.monotonic() - began < 3
 
 
-def test_a_store_that_is_away_for_a_moment_is_asked_again(s3, brief, tmp_path):
+def test_requests_to_a_store_that_is_gone_for_a_moment_are_retried(s3, brief, tmp_path):
     (tmp_path / "file").write_bytes(b"abc")
     with relayed(s3) as relay:
         for ask in (
@@ -98,7 +99,7 @@ def _later(seconds: float, call):
 def test_many_objects_are_listed_page_by_page(s3, monkeypatch):
     for number in range(7):
         s3.put(f"many/{number}", b"x")
-    client = storage.s3_client()
+    client = s3_store.s3_client()
     real, pages = client.list_objects_v2, []
 
     def short(**options):
@@ -112,7 +113,7 @@ def test_many_objects_are_listed_page_by_page(s3, monkeypatch):
 
 @pytest.mark.slow  # 22 s each
 @pytest.mark.parametrize("verb", ["prepare", "tokenizer", "upload", "read"])
-def test_by_default_a_store_that_says_nothing_is_an_error_within_30_s(s3, tmp_path, tokenizer, verb):
+def test_by_default_a_silent_store_is_an_error_within_30_s(s3, tmp_path, tokenizer, verb):
     (tmp_path / "file").write_bytes(b"abc")
     s3.put("text/a.jsonl", b'{"text": "one"}\n' * 2_000_000)
     source, out = f"s3://{BUCKET}/text", str(tmp_path / "out")

@@ -30,7 +30,7 @@ def test_the_ledger_of_any_rows_names_file_and_record_of_every_token(tmp_path, d
     assert [entry["position"] for entry in entries] == list(range(90))
 
 
-def test_the_ledger_of_a_layout_is_that_of_every_other(prepared):
+def test_the_ledger_is_the_same_in_every_layout(prepared):
     alone = list(ssa_pipelines.read_ledger(stream(prepared), 300, 24))
     assert alone == list(ssa_pipelines.read_ledger(stream(prepared, rank=1, size=3, micro=4), 300, 24))
     assert alone[0]["dataset"] == ssa_pipelines.load_dataset_info(prepared).fingerprint

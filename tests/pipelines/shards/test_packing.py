@@ -1,4 +1,4 @@
-"""Packing loses, repeats and reorders nothing, whatever the lengths, and borders are where the documents meet."""
+"""Packing loses, repeats and reorders nothing, whatever the lengths, and documents begin where their marks are."""
 
 import random
 
@@ -7,6 +7,7 @@ import pytest
 
 from ssa_pipelines import DataError, TokenizerError, doc_starts, pack
 from ssa_pipelines.shards.packing import from_sample, mds_columns, to_sample
+from tests.errors import raises
 
 BOS, EOS = 1, 2
 
@@ -42,7 +43,7 @@ def test_a_document_begins_at_its_bos_and_again_at_each_row_it_continues_in(row_
 
 
 @pytest.mark.parametrize("row_length", [2, 5, 77])
-def test_each_padding_token_is_an_eos_and_a_document_of_its_own(row_length):
+def test_each_padding_token_is_an_eos_and_a_separate_document(row_length):
     (*_, last) = rows_of([[5] * (row_length - 1)], row_length)  # one token too many for a row
     assert last.padding == row_length - 1
     assert last.tokens.tolist() == [EOS] * row_length
@@ -73,12 +74,12 @@ def test_the_smallest_type_that_holds_the_vocabulary_and_the_row_is_stored():
 
 @pytest.mark.parametrize("token", [50, 70_000, -1])
 def test_a_token_outside_the_vocabulary_is_refused(token):
-    with pytest.raises(TokenizerError, match=rf"token id {token} is outside the vocabulary \(vocab_size 50\)"):
+    with raises(TokenizerError, "encoded-token-outside-vocabulary", token, "vocab_size 50"):
         rows_of([[3, token]], 8)
 
 
 def test_a_row_of_one_token_is_refused():
-    with pytest.raises(DataError, match="row_length 1"):
+    with raises(DataError, "row-length", "row_length 1"):
         rows_of([[3]], 1)
 
 

@@ -1,4 +1,4 @@
-"""Each row of a mixed run comes from the source the weights say, in order, and nothing but position and seed decides."""
+"""Each row of a mixed run comes from a source in proportion to its weight, in order, and depends on position and seed only."""
 
 import numpy as np
 import pytest
@@ -6,6 +6,7 @@ import pytest
 import ssa_pipelines
 from ssa_pipelines import DatasetError, DatasetMismatch, Phase
 from ssa_pipelines.stream.mixture import BLOCK, Mixture, Origin
+from tests.errors import raises
 from tests.pipelines.support import SETTINGS, equal, stream, take
 
 NAMES = ("code", "prose", "web")
@@ -43,7 +44,8 @@ def test_any_position_can_be_asked_for_first(row):
 
 def test_the_seed_decides_where_each_source_comes_but_not_how_often():
     a, b, c = (mixture(seed=seed).at(0, 1000)[0] for seed in (1, 1, 2))
-    assert a.tolist() == b.tolist() != c.tolist()
+    assert a.tolist() == b.tolist()
+    assert a.tolist() != c.tolist()
     assert np.abs(np.bincount(a, minlength=3) - np.bincount(c, minlength=3)).max() < 3
 
 
@@ -55,7 +57,7 @@ def test_the_sources_of_a_mixture_are_the_same_as_in_earlier_releases():
 PINNED = "2202202202211100111211120110111121101110"
 
 
-def test_a_mixture_that_follows_another_goes_on_with_the_rows_that_were_not_seen():
+def test_a_mixture_that_follows_another_continues_with_unseen_rows():
     later = mixture(origin=Origin(500, (150, 0, 350)))
     sources, rows = later.at(500, 2000)
     for source, first in enumerate((150, 0, 350)):
@@ -65,23 +67,23 @@ def test_a_mixture_that_follows_another_goes_on_with_the_rows_that_were_not_seen
 
 
 @pytest.mark.parametrize(
-    ("phases", "message"),
+    ("phases", "expected"),
     [
-        ([], "does not begin at 0 tokens"),
-        ([Phase(5, {"web": 1})], "does not begin at 0 tokens"),
-        ([Phase(0, {"web": 1}), Phase(9, {"web": 1}), Phase(9, {"code": 1})], "a phase at 9 tokens follows one at 9"),
-        ([Phase(0, {"web": 1, "wbe": 1})], "weights for wbe, which is no source"),
-        ([Phase(0, {"web": 0.0})], "use finite weights of 0 or more, not all 0"),
-        ([Phase(0, {"web": 1, "code": float("nan")})], "use finite weights of 0 or more"),
-        ([Phase(0, {"web": 1, "code": float("inf")})], "use finite weights of 0 or more"),
-        ([Phase(0, {})], "use finite weights of 0 or more"),
-        ([Phase(0, {"web": 1}), Phase(9, {"code": 1})], "no phase gives prose a weight"),
-        ([Phase(0, {"web": 1, "code": -1})], "use finite weights of 0 or more"),
-        ([Phase(0, {"web": 1, "code": 1e-6})], "weight 1e-06 of code is under 1/65536"),
+        ([], ("first-phase",)),
+        ([Phase(5, {"web": 1})], ("first-phase",)),
+        ([Phase(0, {"web": 1}), Phase(9, {"web": 1}), Phase(9, {"code": 1})], ("phase-order", 9)),
+        ([Phase(0, {"web": 1, "wbe": 1})], ("weight-of-unknown-source", "wbe")),
+        ([Phase(0, {"web": 0.0})], ("impossible-weights",)),
+        ([Phase(0, {"web": 1, "code": float("nan")})], ("impossible-weights",)),
+        ([Phase(0, {"web": 1, "code": float("inf")})], ("impossible-weights",)),
+        ([Phase(0, {})], ("impossible-weights",)),
+        ([Phase(0, {"web": 1}), Phase(9, {"code": 1})], ("source-without-weight", "prose")),
+        ([Phase(0, {"web": 1, "code": -1})], ("impossible-weights",)),
+        ([Phase(0, {"web": 1, "code": 1e-6})], ("weight-too-small", "1e-06", "code", "1/65536")),
     ],
 )
-def test_weights_that_cannot_be_are_refused(phases, message):
-    with pytest.raises(DatasetError, match=message):
+def test_impossible_weights_are_refused(phases, expected):
+    with raises(DatasetError, *expected):
         mixture(phases)
 
 
@@ -105,19 +107,19 @@ WEIGHTS = [Phase(0, {"web": 0.5, "code": 0.5}), Phase(40 * 77, {"web": 0.2, "pro
 def test_a_mixed_stream_is_the_rows_of_its_sources_in_their_own_orders(sources):
     rows = stream(three(sources), phases=WEIGHTS, micro=1, batch=1)
     alone = {name: stream(sources[name], micro=1, batch=1) for name in NAMES}
-    for place in rows.places(0, 200):
-        assert equal([next(rows)], [next(alone[place.source])])
-    names = [place.source for place in rows.places(0, 200)]
+    for origin in rows.row_origins(0, 200):
+        assert equal([next(rows)], [next(alone[origin.source])])
+    names = [origin.source for origin in rows.row_origins(0, 200)]
     assert set(names[:40]) == {"web", "code"}
     assert names[40:].count("prose") == pytest.approx(0.8 * 160, abs=2)
 
 
 def test_without_weights_each_source_comes_in_proportion_to_its_rows(sources):
     rows = stream(three(sources))
-    epoch = rows.places(0, rows.rows_per_epoch)
+    epoch = rows.row_origins(0, rows.rows_per_epoch)
     for name in NAMES:
         have = ssa_pipelines.load_dataset_info(sources[name]).splits["train"].rows
-        assert abs(sum(place.source == name for place in epoch) - have) < 2
+        assert abs(sum(origin.source == name for origin in epoch) - have) < 2
 
 
 @pytest.mark.parametrize("size", [2, 3])
@@ -142,17 +144,17 @@ def test_changed_data_and_weights_are_refused_with_every_difference_unless_there
     state = first.state_dict()
     second = stream({"prose": sources["prose"], "web": sources["web"]}, micro=1, batch=1)
     for reason in (None, "", " "):
-        with pytest.raises(DatasetMismatch) as caught:
+        with raises(DatasetMismatch, "position-of-other-data") as caught:
             second.load_state_dict(state, accept_changes=reason)
-        for part in ("dataset of source code is", "dataset of source prose is absent", "phases is"):
+        for part in ("source code", "source prose", "phases"):
             assert part in caught.value.problem
         assert "data.accept_changes=REASON" in caught.value.remedy
     second.load_state_dict(state, accept_changes="code turned out to be garbled")
     after = take(second, 200)
-    web = [r for r, p in zip(before, first.places(0, 31), strict=True) if p.source == "web"]
-    web += [r for r, p in zip(after, second.places(31, 200), strict=True) if p.source == "web"]
+    web = [r for r, p in zip(before, first.row_origins(0, 31), strict=True) if p.source == "web"]
+    web += [r for r, p in zip(after, second.row_origins(31, 200), strict=True) if p.source == "web"]
     assert equal(web, take(stream(sources["web"], micro=1, batch=1), len(web)))  # no repeat, no gap
-    prose = [r for r, p in zip(after, second.places(31, 200), strict=True) if p.source == "prose"]
+    prose = [r for r, p in zip(after, second.row_origins(31, 200), strict=True) if p.source == "prose"]
     assert equal(prose, take(stream(sources["prose"], micro=1, batch=1), len(prose)))
     [change] = second.state_dict()["changes"]
     assert (change["samples_seen"], change["reason"]) == (31, "code turned out to be garbled")
@@ -161,12 +163,12 @@ def test_changed_data_and_weights_are_refused_with_every_difference_unless_there
     assert equal(take(third, 9), take(second, 9))
 
 
-def test_sources_that_do_not_belong_together_are_refused(sources):
-    with pytest.raises(DatasetMismatch, match=r"row_length is 77 in .*code, 78 in .*other"):
+def test_sources_of_different_row_lengths_are_refused(sources):
+    with raises(DatasetMismatch, "sources-differ", "row_length", 77, sources["code"], 78, sources["other"]):
         stream({"code": sources["code"], "other": sources["other"]})
 
 
-def test_evaluation_takes_from_each_source_its_share(sources):
+def test_evaluation_reads_each_source_in_proportion(sources):
     def evaluate(**options):
         layout = {"micro_batch_rows": 1, "data_parallel_rank": 0, "data_parallel_size": 1}
         return list(ssa_pipelines.evaluation_rows(three(sources), **{**layout, **options}))
@@ -181,5 +183,5 @@ def test_evaluation_takes_from_each_source_its_share(sources):
     assert equal(whole, stored)
     half = evaluate(rows=sum(have.values()) // 2)
     assert len(half) == sum(have.values()) // 2
-    with pytest.raises(DatasetError, match=rf"rows {len(whole) + 1}: the split 'validation' of .* holds {len(whole)}"):
+    with raises(DatasetError, "too-few-rows", f"rows {len(whole) + 1}", f"holds {len(whole)}"):
         evaluate(rows=len(whole) + 1)

@@ -1,4 +1,4 @@
-"""Datasets in an object store: the same rows as from a folder, a cache that many share, and verification from afar."""
+"""Datasets in an object store: the same rows as from a folder, a cache that many share, and remote verification."""
 
 import contextlib
 import os
@@ -8,6 +8,7 @@ import pytest
 
 import ssa_pipelines
 from ssa_pipelines import Access, DatasetError, ShardError
+from tests.errors import raises
 from tests.pipelines.support import contents, equal, flip_bit, stream, take
 
 
@@ -31,7 +32,7 @@ def cached(tmp_path) -> list[str]:
 
 @pytest.mark.parametrize("which", ["remote", "remote_compressed"])
 @pytest.mark.parametrize("read_ahead", [0, 2])
-def test_rows_from_afar_are_those_of_the_folder_and_are_kept(which, read_ahead, request, tmp_path, prepared, s3):
+def test_remote_rows_equal_those_of_the_folder_and_are_cached(which, read_ahead, request, tmp_path, prepared, s3):
     url, count = request.getfixturevalue(which), 200
     rows = stream(url, access=access(tmp_path), read_ahead=read_ahead)
     assert equal(take(rows, count), take(stream(prepared), count))
@@ -46,7 +47,7 @@ def test_the_first_rows_do_not_wait_for_the_whole_dataset(remote, tmp_path, prep
     assert cached(tmp_path) == ["index.json", "shard.00000.00000.mds"]
 
 
-def test_two_processes_worth_of_readers_share_a_cache(remote, tmp_path, prepared, s3):
+def test_readers_of_two_ranks_share_a_cache(remote, tmp_path, prepared, s3):
     found: dict[int, list] = {}
 
     def read(rank: int) -> None:
@@ -76,7 +77,7 @@ def test_a_cache_stays_under_its_limit_and_the_rows_stay_right(remote, tmp_path,
 
 
 def size_of(cache) -> int:
-    """Bytes of the shards in a cache that others add to and remove from meanwhile."""
+    """Bytes of the shards in a cache that other threads add to and remove from."""
     total = 0
     for path in cache.glob("*/train/*.mds"):
         with contextlib.suppress(FileNotFoundError):
@@ -85,9 +86,7 @@ def size_of(cache) -> int:
 
 
 def test_a_cache_too_small_for_the_shuffle_is_refused_with_what_it_needs(remote, tmp_path):
-    with pytest.raises(
-        DatasetError, match=r"a cache of 90,000 bytes cannot hold the [\d,]+ bytes that the shuffle mixes"
-    ):
+    with raises(DatasetError, "cache-limit-below-shuffle", "90,000", remote):
         stream(remote, access=access(tmp_path, cache_limit=90_000))
 
 
@@ -108,7 +107,7 @@ def test_a_cached_index_or_tokenizer_that_the_disk_altered_is_fetched_again(remo
     assert path.read_bytes() == (prepared / name).read_bytes()
 
 
-def test_what_a_killed_process_left_half_fetched_is_removed_and_nothing_else_is(remote, tmp_path, prepared):
+def test_only_partial_files_of_a_killed_process_are_removed(remote, tmp_path, prepared):
     info = ssa_pipelines.load_dataset_info(remote, access(tmp_path))
     ours = info.path / ".parts" / "train-shard.00000.00000.mds.0123.part.1.abcd"
     foreign = [info.path / "train" / "notes.txt", tmp_path / "cache" / "another-job" / "file.part"]
@@ -121,7 +120,7 @@ def test_what_a_killed_process_left_half_fetched_is_removed_and_nothing_else_is(
     assert all(path.exists() for path in foreign)
 
 
-def test_verification_from_afar_reads_everything_and_keeps_nothing(s3, remote, prepared, tmp_path, monkeypatch):
+def test_remote_verification_reads_everything_and_keeps_nothing(s3, remote, prepared, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
     assert ssa_pipelines.verify(remote)["splits"] == ssa_pipelines.verify(prepared)["splits"]
     assert not (tmp_path / "home").exists()
@@ -129,12 +128,12 @@ def test_verification_from_afar_reads_everything_and_keeps_nothing(s3, remote, p
     data = bytearray(s3.get(f"data/{shard}"))
     data[-1] ^= 1
     s3.put(f"data/{shard}", bytes(data))
-    with pytest.raises(ShardError, match="contents changed") as caught:
+    with raises(ShardError, "shard-altered") as caught:
         ssa_pipelines.verify(remote)
     assert caught.value.shard == f"{remote}/{shard}"
 
 
-def test_stats_read_back_a_sample(remote, tmp_path, prepared, documents, tokenizer):
+def test_stats_decode_a_sample(remote, tmp_path, prepared, documents, tokenizer):
     report = ssa_pipelines.stats(remote, access=access(tmp_path))
     for name, split in report["splits"].items():
         assert split["sample"][:40] in "".join(documents), name
