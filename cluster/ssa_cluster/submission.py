@@ -274,7 +274,8 @@ def _snapshot(run: Path, recipe: dict, sweep: list[str]) -> Path:
 def _folder(package: str) -> Path:
     spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:
-        raise Refused(f"{sys.executable} has no package {package}: install this project, all of it")
+        problem = f"{sys.executable} has no package {package}: install this project, all of it"
+        raise Refused(problem, id="package-not-installed")
     return Path(spec.origin).parent
 
 

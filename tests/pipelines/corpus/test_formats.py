@@ -27,7 +27,7 @@ def lines2():
     FORMATS.unregister(".lines2")
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.launch)])
 def test_a_format_registered_from_outside_prepares_the_same_rows(lines2, tmp_path, documents, tokenizer, workers):
     texts = [text for text in documents if "\n" not in text and "\r" not in text] + [
         t.replace("\n", " ") for t in documents[:9]

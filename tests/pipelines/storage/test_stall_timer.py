@@ -78,13 +78,21 @@ def test_by_default_a_read_of_a_dead_file_system_is_an_error_within_30_s(prepare
     assert time.monotonic() - began < LIMIT
 
 
+def stream_with(timeout: float, url, tmp_path, **options):
+    """A stream whose first row was read without a limit, as a busy machine needs, and which has this stall timeout then."""
+    rows = stream(url, access=Access(tmp_path / "cache", stall_timeout=60), **{**IN_ORDER, **options})
+    rows._fetchers.close(5)  # so that a shard is first wanted by a row that is read
+    first = take(rows, 1)
+    rows._stall_timer.seconds = timeout
+    return rows, first
+
+
 def test_a_fault_while_training_is_not_blocked_is_retried(s3, url, prepared, tmp_path):
     ahead, timeout = 4, 1.5
     with relayed(s3) as relay:
-        rows = stream(url, access=Access(tmp_path / "cache", stall_timeout=timeout), read_ahead=ahead, **IN_ORDER)
-        rows._fetchers.close(5)  # so that the second shard is first wanted by a row read ahead
+        rows, found = stream_with(timeout, url, tmp_path, read_ahead=ahead)
         count = int(rows.rows.readers[0].rows_per_shard[0]) - ahead + 1
-        found = take(rows, count - 1)
+        found += take(rows, count - 2)
         relay.gone()
         found += take(rows, 1)  # ahead of which a row of the second shard is being read
         time.sleep(2 * timeout)
@@ -95,10 +103,8 @@ def test_a_fault_while_training_is_not_blocked_is_retried(s3, url, prepared, tmp
 
 def test_rows_fetched_ahead_are_delivered_before_the_error(s3, url, prepared, tmp_path):
     with relayed(s3) as relay:
-        rows = stream(url, access=Access(tmp_path / "cache", stall_timeout=1.5), **IN_ORDER)
-        rows._fetchers.close(5)
+        rows, found = stream_with(1.5, url, tmp_path)
         count = int(rows.rows.readers[0].rows_per_shard[0])
-        found = take(rows, 1)
         relay.gone()
         found += take(rows, count - 1)
         began = time.monotonic()
@@ -106,7 +112,8 @@ def test_rows_fetched_ahead_are_delivered_before_the_error(s3, url, prepared, tm
             next(rows)
         assert time.monotonic() - began < 5
         relay.back()
-        found += take(rows, 3)  # asked again, it goes on at the very row
+        rows._stall_timer.seconds = 60
+        found += take(rows, 3)  # the next call continues at the same row
     assert equal(found, take(stream(prepared, **IN_ORDER), count + 3))
 
 
@@ -114,6 +121,7 @@ def test_a_slow_object_may_take_longer_than_the_stall_timeout(s3):
     data = bytes(range(256)) * 8192  # 2 MiB, of which streaming's downloader writes 256 KiB at a time
     url = s3.put("large", data)
     with relayed(s3) as relay:
+        assert read_remote(s3.put("small", b"x"), Access(stall_timeout=60)) == b"x"  # makes the client
         relay.rate = 500_000
         began = time.monotonic()
         assert read_remote(url, Access(stall_timeout=3)) == data
@@ -123,6 +131,7 @@ def test_a_slow_object_may_take_longer_than_the_stall_timeout(s3):
 def test_an_object_that_never_gets_past_its_beginning_is_an_error(s3):
     url = s3.put("large", bytes(2 << 20))
     with relayed(s3) as relay:
+        assert read_remote(s3.put("small", b"x"), Access(stall_timeout=60)) == b"x"  # makes the client
         relay.first = 700_000
         began = time.monotonic()
         with raises(ShardError, "object-stalled", "3 s"):
@@ -132,8 +141,9 @@ def test_an_object_that_never_gets_past_its_beginning_is_an_error(s3):
 
 def test_a_closed_stream_stops_requests_to_a_store_that_is_gone(s3, url, tmp_path):
     with relayed(s3) as relay:
-        rows = stream(url, access=Access(tmp_path / "cache", stall_timeout=1), read_ahead=4, **IN_ORDER)
+        rows = stream(url, access=Access(tmp_path / "cache", stall_timeout=60), read_ahead=4, **IN_ORDER)
         take(rows, 1)
+        rows._stall_timer.seconds = 1
         relay.gone()
         take(rows, int(rows.rows.readers[0].rows_per_shard[0]) - 4)  # the next shard is being read ahead, or fetched
         threads = [*rows._thread._threads, *rows._fetchers._threads]
@@ -181,12 +191,7 @@ def test_a_missing_object_is_an_error_at_once(s3):
 
 def test_a_job_does_not_wait_for_ever_for_the_fetch_of_another_job_on_the_machine(s3, url, tmp_path, prepared):
     with relayed(s3) as relay:
-        patient, hasty = (
-            stream(url, access=Access(tmp_path / "cache", stall_timeout=p), **IN_ORDER) for p in (60, 1.5)
-        )
-        for rows in (patient, hasty):
-            rows._fetchers.close(5)
-            take(rows, 1)
+        (patient, _), (hasty, _) = (stream_with(timeout, url, tmp_path) for timeout in (60, 1.5))
         relay.silent = True
         patient._thread.submit(patient.rows.readers[0].prefetch, 1)  # holds the lock of the second shard
         time.sleep(0.5)
