@@ -95,9 +95,8 @@ class SSASelfAttention(SelfAttention):
     def forward(self, hidden_states: Tensor, attention_mask=None, *, packed_seq_params: ForwardContext, **_):
         """`[N, B, hidden]` -> (`[N, B, hidden]`, no bias). `packed_seq_params` carries the ForwardContext; masks are not used."""
         context = packed_seq_params
-        query, key, value = self._project(hidden_states)
+        query, key, value = self.project(hidden_states, context.rotary)
         gate, _ = self.linear_gate(hidden_states)
-        query, key = apply_rotary(query, context.rotary), apply_rotary(key, context.rotary)
         group_query = None
         if self.ranks_per_group > 1:  # `query` is the group's: its own part follows, in the order of the gate's heads
             group_query = query.detach()
@@ -112,11 +111,12 @@ class SSASelfAttention(SelfAttention):
             output = self.core_attention(query, key, value, gate, group_query, context)
         return self.linear_proj(output)
 
-    def _project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k, v `[n, B, heads, D]`: this rank's, or those of the whole group it shares with other ranks."""
+    def project(self, hidden_states: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k, v `[n, B, heads, D]`, q and k rotated: this rank's, or those of the whole group it shares with other ranks."""
         if self.ranks_per_group == 1:
-            return self.get_query_key_value_tensors(hidden_states)
-        mixed, sizes = self.get_query_key_value_tensors(hidden_states, split_qkv=False)  # [n, B, 1, (G + 2) * D]
-        return tuple(
-            x.unflatten(3, (-1, self.hidden_size_per_attention_head)).squeeze(2) for x in mixed.split(sizes, 3)
-        )
+            query, key, value = self.get_query_key_value_tensors(hidden_states)
+        else:
+            mixed, sizes = self.get_query_key_value_tensors(hidden_states, split_qkv=False)  # [n, B, 1, (G + 2) * D]
+            dim = self.hidden_size_per_attention_head
+            query, key, value = (x.unflatten(3, (-1, dim)).squeeze(2) for x in mixed.split(sizes, 3))
+        return apply_rotary(query, rotary), apply_rotary(key, rotary), value

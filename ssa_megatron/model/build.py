@@ -6,7 +6,7 @@ Fusions that need Apex or TransformerEngine are off; nothing here depends on the
 
 import hashlib
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
@@ -22,6 +22,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from torch import Tensor
 
 from ssa_megatron.config import Recipe
+from ssa_megatron.model import fused
 from ssa_megatron.model.attention import SSACoreAttention, SSASelfAttention
 from ssa_megatron.model.names import named_parameters
 from ssa_megatron.model.norm import RMSNorm
@@ -29,17 +30,39 @@ from ssa_megatron.model.shapes import padded_vocab_size
 from ssa_megatron.parallel.state import ParallelState
 
 
+class Parts(NamedTuple):
+    """The modules of a layer that exist in a plain and in a fused form."""
+
+    layer: type
+    attention: type
+    mlp: type
+    norm: type
+
+
+def parts_of(recipe: Recipe) -> Parts:
+    """The modules that `train.pointwise` asks for."""
+    if not fused.wanted(recipe):
+        return Parts(TransformerLayer, SSASelfAttention, MLP, RMSNorm)
+    from ssa_megatron.model.fused import modules  # imports triton
+
+    return Parts(modules.FusedLayer, modules.FusedSelfAttention, modules.FusedMLP, modules.FusedNorm)
+
+
 class SSAChunk(GPTModel):
     """Consecutive layers of the model: a GPTModel whose loss never sees the vocabulary's padding."""
 
-    def __init__(self, *args, real_vocab_size: int, tp_rank: int, **kwargs):
+    def __init__(self, *args, real_vocab_size: int, tp_rank: int, fused: bool, **kwargs):
         super().__init__(*args, **kwargs)
-        self.real_vocab_size, self.tp_rank = real_vocab_size, tp_rank
+        self.real_vocab_size, self.tp_rank, self.fused = real_vocab_size, tp_rank, fused
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
         """labels int64 [B, N], this rank's logits [N, B, vocab / tensor] -> fp32 loss per token [B, N], nats."""
         width = logits.shape[-1]
         real = min(width, max(0, self.real_vocab_size - self.tp_rank * width))
+        if self.fused:
+            from ssa_megatron.model.fused.cross_entropy import cross_entropy  # imports triton
+
+            return cross_entropy(logits, labels.t(), real, self.pg_collection.tp).t().contiguous()
         if real < width:
             logits = torch.nn.functional.pad(logits[..., :real], (0, width - real), value=-1e9)
         loss = vocab_parallel_cross_entropy(logits, labels.t().contiguous())
@@ -87,6 +110,7 @@ def build_chunks(recipe: Recipe, parallel: ParallelState) -> SSAModel:
                 position_embedding_type="none",  # rotation happens in SSASelfAttention, with each document's own positions
                 real_vocab_size=recipe.model.vocab_size,
                 tp_rank=parallel.tp_rank,
+                fused=fused.wanted(recipe),
                 vp_stage=number if parallel.vpp_size > 1 else None,
             )
         )
@@ -140,12 +164,13 @@ def transformer_config(recipe: Recipe) -> TransformerConfig:
 def layer_spec(recipe: Recipe, layers: int) -> TransformerBlockSubmodules:
     """megatron-core's own layer and linear modules around SSASelfAttention, `layers` times."""
     attention = {"attention": recipe.attention}
+    parts = parts_of(recipe)
     layer = ModuleSpec(
-        module=TransformerLayer,
+        module=parts.layer,
         submodules=TransformerLayerSubmodules(
-            input_layernorm=RMSNorm,
+            input_layernorm=parts.norm,
             self_attention=ModuleSpec(
-                module=SSASelfAttention,
+                module=parts.attention,
                 params={"attn_mask_type": AttnMaskType.causal, **attention},
                 submodules=SelfAttentionSubmodules(
                     linear_qkv=ColumnParallelLinear,
@@ -154,14 +179,15 @@ def layer_spec(recipe: Recipe, layers: int) -> TransformerBlockSubmodules:
                 ),
             ),
             self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=RMSNorm,
+            pre_mlp_layernorm=parts.norm,
             mlp=ModuleSpec(
-                module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+                module=parts.mlp,
+                submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
             ),
             mlp_bda=get_bias_dropout_add,
         ),
     )
-    return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=RMSNorm)
+    return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=parts.norm)
 
 
 @torch.no_grad()

@@ -18,11 +18,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ssa_megatron.config import Recipe
+from ssa_megatron.model import fused
 from ssa_megatron.model.build import SSAModel
 from ssa_megatron.model.names import named_parameters
 from ssa_megatron.optim import optimizer_of
-from ssa_megatron.parallel.device import fused_optimizer
+from ssa_megatron.parallel.device import fused_optimizer, on_gpu
 from ssa_megatron.parallel.state import Mpu, ParallelState
+from ssa_megatron.zero.accumulation import accumulate_in_products
 from ssa_megatron.zero.ds_config import deepspeed_config
 from ssa_megatron.zero.shards import Fragment, PartitionedWeights, SharedWeights
 
@@ -53,9 +55,16 @@ class ShardedOptimizer:
         sharding = PartitionedWeights if recipe.zero.stage == 3 else SharedWeights
         self._shards = sharding(self.engine.optimizer, self.named, self.kind)
         self.backward_engine = self.engine if recipe.zero.stage > 1 else None
+        if self._accumulates_in_products():
+            accumulate_in_products(model, self.engine.optimizer)
         if self.backward_engine and recipe.parallel.sequence:
             for parameter in self._sequence_parallel_parameters():
                 parameter.register_hook(self._sum_over_tensor_ranks)
+
+    def _accumulates_in_products(self) -> bool:
+        recipe = self.recipe
+        simple = recipe.train.precision == "bf16" and recipe.zero.stage == 1 and self.parallel.tp_size == 1
+        return simple and fused.wanted(recipe) and on_gpu()
 
     def gradient(self, parameter: torch.nn.Parameter) -> Tensor | None:
         """The gradient accumulated so far, in the parameter's shape: fp32 under bf16 training, else the parameter's own."""
