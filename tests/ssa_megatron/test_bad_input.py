@@ -144,23 +144,23 @@ CASES = {
     "a recipe that is not text": (CONFIG, "recipe-not-text", _binary_recipe, ["binary.yaml"]),
     "a recipe name too long for a file": (CONFIG, "no-such-recipe", lambda p: ["train", "x" * 300], ["x" * 300]),
     "no dataset given": (CONFIG, "no-dataset", lambda p: p.train("data.path=null"), ["data.path", "data.sources"]),
-    "dataset missing": (DATA, None, lambda p: p.train(f"data.path={p.root}/nothing"), ["nothing"]),
-    "dataset edited by hand": (DATA, None, _edited_dataset, ["dataset.json"]),
+    "dataset missing": (DATA, "not-a-dataset", lambda p: p.train(f"data.path={p.root}/nothing"), ["nothing"]),
+    "dataset edited by hand": (DATA, "dataset-altered", _edited_dataset, ["dataset.json"]),
     "tokenizer larger than the model's vocabulary": (
         DATA,
-        None,
+        "vocabulary-larger-than-model",
         lambda p: p.train("model.vocab_size=53"),
         ["vocab_size", "400", "53", "model.vocab_size"],
     ),
     "shards made with another tokenizer": (
         DATA,
-        None,
+        "dataset-unlike-recipe",
         _dataset_with_another_tokenizer,
         ["tokenizer_fingerprint"],
     ),
     "shards of another row length": (
         DATA,
-        None,
+        "dataset-unlike-recipe",
         lambda p: p.train("train.sequence_length=32"),
         ["row_length", "33", "32"],
     ),
@@ -196,7 +196,7 @@ CASES = {
     ),
     "run continued with other data": (
         DATA,
-        None,
+        "position-of-other-data",
         lambda p: p.train(f"data.path={p.copies['other text']}", into=p.trained_copy("foreign data")),
         ["dataset"],
     ),
@@ -210,11 +210,26 @@ CASES = {
         ),
         ["3 steps", "rows"],
     ),
-    "corpus missing": (DATA, None, lambda p: _prepare(p, f"{p.root}/no-text.txt"), ["no-text.txt"]),
-    "corpus empty": (DATA, None, lambda p: _prepare(p, _empty_file(p)), ["empty.txt"]),
-    "tokenizer missing": (DATA, None, lambda p: _prepare(p, _empty_file(p), p.root / "no.model"), ["no.model"]),
-    "corpus of a tokenizer missing": (DATA, None, lambda p: _tokenizer(p, f"{p.root}/no-text.txt"), ["no-text.txt"]),
-    "corpus of a tokenizer empty": (DATA, None, lambda p: _tokenizer(p, _empty_file(p)), ["empty.txt"]),
+    "corpus missing": (DATA, "source-missing", lambda p: _prepare(p, f"{p.root}/no-text.txt"), ["no-text.txt"]),
+    "corpus empty": (DATA, "corpus-empty", lambda p: _prepare(p, _empty_file(p)), ["empty.txt"]),
+    "tokenizer missing": (
+        DATA,
+        "tokenizer-unreadable",
+        lambda p: _prepare(p, _empty_file(p), p.root / "no.model"),
+        ["no.model"],
+    ),
+    "corpus of a tokenizer missing": (
+        DATA,
+        "source-missing",
+        lambda p: _tokenizer(p, f"{p.root}/no-text.txt"),
+        ["no-text.txt"],
+    ),
+    "corpus of a tokenizer empty": (
+        DATA,
+        "corpus-empty",
+        lambda p: _tokenizer(p, _empty_file(p)),
+        ["empty.txt"],
+    ),
 }
 
 
@@ -255,9 +270,9 @@ def test_bad_input_ends_with_its_exit_code_and_a_message_that_names_field_and_re
     code, id, _, mentions = CASES[case]
     answer = answers[case]
     assert answer["code"] == code, answer["output"]
-    found = re.search(r"^error(?:\[([a-z0-9-]+)\])?: .*", answer["output"], re.MULTILINE | re.DOTALL)
+    found = re.search(r"^error\[([a-z0-9-]+)\]: .*", answer["output"], re.MULTILINE | re.DOTALL)
     assert found, answer["output"]
-    assert id is None or found[1] == id
+    assert found[1] == id
     for word in (*mentions, "remedy: "):
         assert word in found[0]
     assert "Traceback" not in answer["output"]
