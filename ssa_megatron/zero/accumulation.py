@@ -4,6 +4,8 @@ Under bf16 training with ZeRO-1, DeepSpeed keeps a flat fp32 gradient buffer. St
 casts it and adds it. Here the product adds to the buffer itself. It needs CUDA and serves models without tensor parallelism.
 """
 
+from typing import Any
+
 import torch
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from torch import Tensor
@@ -39,8 +41,8 @@ class _Lookup(torch.autograd.Function):
 class GradientBuffer:
     """One weight's fp32 gradient inside DeepSpeed's flat buffer."""
 
-    def __init__(self, weight: torch.nn.Parameter, optimizer, group: int, index: int):
-        """optimizer: DeepSpeed's BF16_Optimizer, in which the weight is number `index` of parameter group `group`."""
+    def __init__(self, weight: Any, optimizer, group: int, index: int):
+        """weight: number `index` of parameter group `group` of `optimizer`, DeepSpeed's BF16_Optimizer."""
         self._weight, self._optimizer, self._place = weight, optimizer, (group, index)
 
     def add_product(self, dy: Tensor, x: Tensor) -> None:
