@@ -1,4 +1,4 @@
-"""The trunk draw: which stream a micro-batch trains the trunk on.
+"""The trunk draw: which stream of a micro-batch feeds the next layer.
 
 A pure function of (seed, step, global micro-batch index), so every tensor-, pipeline- and context-parallel rank, every
 recomputation and every resumed run sees the same draw with no state to save (docs/method.md, "The trunk draw"; section 3.3 of

@@ -26,7 +26,7 @@ class Hook:
         """Step `step` is done, not yet saved; `values` are the figures of its line in metrics.jsonl."""
 
     def on_end(self) -> None:
-        """Training ends, with or without an error."""
+        """Training ends, with or without an error; called for hooks whose `on_start` returned, the last one first."""
 
 
 class EvaluationHook(Hook):

@@ -60,7 +60,7 @@ class Objective:
         dp_size * cp_size gives the mean over the ranks that hold other tokens.
         """
         weight = self.recipe.attention.alignment_weight if kind_of(self.recipe).aligned else 0.0
-        return weight / (self.recipe.model.num_layers * self.recipe.parallel.tensor * self.micro_batches)
+        return weight / (self.recipe.model.num_layers * self.parallel.tp_size * self.micro_batches)
 
     def shares(self, cross_entropy: Tensor, alignment: list[Tensor], sparse: int) -> Tensor:
         """What this rank adds to the global batch's `Losses`: fp64 [3], to be summed over all ranks.

@@ -25,8 +25,7 @@ class Saver:
         self._fingerprint = trainer.tokenizer.fingerprint
         self._pending: PendingCheckpoint | None = None
         self._began, self._keep = 0.0, True
-        self.waited = 0.0
-        """Seconds that the last `finish` held the training thread."""
+        self._waited = 0.0
         self.newest = newest
         """The step whose checkpoint is committed, or was begun and has not failed."""
 
@@ -53,23 +52,27 @@ class Saver:
 
     def finish(self) -> bool:
         """Commit what was begun, if anything. False when it could not be written."""
-        pending, self._pending, self.waited = self._pending, None, 0.0
+        pending, self._pending = self._pending, None
         if pending is None:
             return True
         waiting = time.monotonic()
         problem = pending.finish()
         if self._parallel.is_rank0 and self._keep and not problem:
             prune(self._run, self._recipe.checkpoint.keep, newest=pending.step)
-        self.waited = time.monotonic() - waiting
+        waited = time.monotonic() - waiting
+        self._waited += waited
         if problem:
             self.newest = self.newest if problem.startswith("committed") else 0
             self._console.say(f"CHECKPOINT of step {pending.step} {problem}; older checkpoints are intact")
             return problem.startswith("committed")
         took = time.monotonic() - self._began
-        self._console.say(
-            f"  checkpoint step {pending.step} committed in {took:.2f} s; training waited {self.waited:.2f} s"
-        )
+        self._console.say(f"  checkpoint step {pending.step} committed in {took:.2f} s; training waited {waited:.2f} s")
         return True
+
+    def take_waited(self) -> float:
+        """Seconds for which `finish` held the training thread since the last call."""
+        waited, self._waited = self._waited, 0.0
+        return waited
 
     def close(self) -> None:
         """The run ends: nothing is left writing."""

@@ -66,7 +66,8 @@ class StepRunner:
     def draw(self, rows: Iterator, *, step: int, waiting: AbstractContextManager | None = None) -> Drawn:
         """Consume this rank's micro-batches of global step `step` from `rows`.
 
-        waiting: the wait for data runs inside it. Any BaseException of one rank is raised on all, before anything has changed.
+        waiting: the wait for data runs inside it. Any BaseException of one rank is raised on all, before gradients or weights
+        change; the stream may have advanced.
         """
         batches: list[SSABatch] = []
         error = None
@@ -148,7 +149,7 @@ def forward_backward(
 ) -> Pass:
     """Run Megatron's schedule over the micro-batches; gradients accumulate unless `forward_only`.
 
-    engine: DeepSpeed's; under ZeRO-2 and 3 DeepSpeed partitions gradients during backward, so every pass goes through it instead.
+    engine: DeepSpeed's. Under ZeRO-2 and 3 it partitions gradients during backward, so training passes go through it.
     """
     batches = drawn.batches
     objective = Objective(recipe, parallel, len(batches), drawn.counted)
@@ -170,7 +171,7 @@ def forward_backward(
     def source() -> Iterator[tuple[SSABatch, Collector]]:
         return iter(list(zip(batches, collectors, strict=True)))
 
-    if engine is not None and not forward_only:
+    if engine is not None:
         rest = source()
         for _ in batches:
             losses, loss_of_batch = forward(rest, engine)

@@ -4,6 +4,7 @@ The Trainer owns model, optimizer, data, saver and hooks. All decisions that ran
 taken here, in the same step on every rank. After any crash at most the steps since the last committed checkpoint are lost.
 """
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -45,8 +46,9 @@ class Trainer:
     ):
         """Open the data, join the other ranks, and claim the run folder.
 
-        stop: already listening. profile_steps: steps to record into RUN/profile/, numbered from 1. hooks: called after the
-        trainer's own. Raises the errors of `open_data`, `initialize` and `claim`.
+        stop: already listening. profile_steps: steps to record into RUN/profile/, numbered from 1. hooks: called after
+        evaluation and before metrics are written, so that what they add to a step's values is recorded. Raises the errors of
+        `open_data`, `initialize` and `claim`.
         """
         self.recipe, self.stop, self.schedule = recipe, stop, schedule_of(recipe)
         datasets, self.tokenizer = open_data(recipe)
@@ -65,7 +67,7 @@ class Trainer:
         self.rows = self.parallel.run_on_all(lambda: open_stream(recipe, self.parallel.dp_rank, self.parallel.dp_size))
         self.folder = claim(run, recipe, self.parallel)
         self.profiler = StepProfiler(profile_steps, run / "profile", self.parallel, self.console)
-        self.hooks = [self.profiler, EvaluationHook(), MetricsHook(), *hooks]
+        self.hooks = [self.profiler, EvaluationHook(), *hooks, MetricsHook()]
         if recipe.train.deterministic:
             torch.use_deterministic_algorithms(True)
 
@@ -111,27 +113,26 @@ class Trainer:
             )
 
     def _fit(self) -> None:
-        """Step until done. Raises StopAsked, on all ranks, once everything is committed that there is to commit."""
+        """Step until done. Raises StopAsked, on all ranks, once the newest step is committed."""
         recipe, run = self.recipe, self.folder.path
-        try:
-            for hook in self.hooks:
-                hook.on_start(self)
-            self._enter("first step")
-            self.console.start()
-            while self.progress.step < recipe.train.steps:
-                self._advance()
-            if self.parallel.is_rank0:
-                self.attempt.end("done")
-        except (SSAError, DataError, StopAsked) as error:
-            if self.parallel.is_rank0:
-                reason = str(error).partition("\n")[0]
-                self.attempt.end(f"stopped by {reason}" if isinstance(error, StopAsked) else reason)
-            raise
-        finally:
-            self.saver.close()
-            for hook in self.hooks:
-                hook.on_end()
-        self.rows.close()  # not on the way out early: its thread may hang in a read, and the process ends anyway
+        with contextlib.ExitStack() as ending:
+            ending.callback(self.saver.close)
+            try:
+                for hook in self.hooks:
+                    hook.on_start(self)
+                    ending.callback(hook.on_end)
+                self._enter("first step")
+                self.console.start()
+                while self.progress.step < recipe.train.steps:
+                    self._advance()
+                if self.parallel.is_rank0:
+                    self.attempt.end("done")
+            except (SSAError, DataError, StopAsked) as error:
+                if self.parallel.is_rank0:
+                    reason = str(error).partition("\n")[0]
+                    self.attempt.end(f"stopped by {reason}" if isinstance(error, StopAsked) else reason)
+                raise
+        self.rows.close()  # skipped on errors: the reader thread may hang
         memory = device.peak_memory() / 2**30
         self.console.phase(
             f"done: {recipe.train.steps} steps, {self.progress.tokens:,} tokens, {memory:.2f} GiB at most; run folder {run}"
@@ -179,17 +180,17 @@ class Trainer:
             "tokens_per_second": round(speed, 1),
             "seconds": round(seconds, 4),
             "peak_memory": device.peak_memory(),
-            "checkpoint_wait": round(self.saver.waited, 4),
+            "checkpoint_wait": round(self.saver.take_waited(), 4),
         }
 
     def _agree(self, step: int) -> bool:
-        """The one agreement of a step: whether to stop, and on the profile that `ssa profile` asked rank 0 for."""
+        """The agreement at the end of a step: whether to stop, and on the profile that `ssa profile` asked rank 0 for."""
         self.heartbeat.phase("agreement", step)
         asked, self.heartbeat.asked = self.heartbeat.asked, range(0)
         stopping, first, end = self.parallel.all_reduce_max(self.stop.reason is not None, asked.start, asked.stop)
         if end:
-            late = "" if self.profiler.ask(first, end - 1, step) else "; that is too late"
-            self.console.say(f"  a profile of steps {first} to {end - 1} was asked for{late}")
+            refused = "" if self.profiler.ask(first, end - 1, step) else "; it is too late, or another one is pending"
+            self.console.say(f"  a profile of steps {first} to {end - 1} was asked for{refused}")
         return bool(stopping)
 
     def _save(self, step: int, stopping: bool) -> None:
@@ -216,7 +217,7 @@ class Trainer:
     def _unsaved(self, step: int) -> EnvironmentProblem:
         return EnvironmentProblem(
             f"the run ends at step {step} and its checkpoint could not be written (see above)",
-            remedy=f"make room at {self.folder.path}, then give the same command again",
+            remedy=f"free disk space at {self.folder.path}, then run the same command again",
             id="checkpoint-not-written",
         )
 

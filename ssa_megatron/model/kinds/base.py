@@ -1,11 +1,11 @@
-"""What an attention kind is: streams with a gate each, and the answers that model, planner, report and export ask for.
+"""What an attention kind is: streams and their gates, and the answers that model, planner, report and export ask for.
 
 A kind names its streams; their forward passes, kept bytes and cost come from `streams.py`. A kind that only combines existing
 streams needs no other code. This module and the kinds import no torch at import time, because `ssa plan` reads them.
 """
 
 from abc import ABC
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ssa_megatron.config.sections import Attention
 from ssa_megatron.errors import ConfigError
@@ -44,9 +44,19 @@ class AttentionKind(ABC):
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        cls.gates = cls.__dict__.get("gates", len(cls.streams))
-        cls.routed = "sparse" in cls.streams
-        cls.inference_mode = "full" if "full" in cls.streams else "sparse"
+        if not isinstance(getattr(cls, "streams", None), tuple):
+            raise TypeError(f"{cls.__name__}: an attention kind states its streams, a tuple of names")
+        derived = {
+            "gates": len(cls.streams),
+            "routed": "sparse" in cls.streams,
+            "inference_mode": "full" if "full" in cls.streams else "sparse",
+        }
+        stated = {name: cls.__dict__[name] for name in derived if name in cls.__dict__}
+        cls._stated = {**cls._stated, **stated}  # a subclass keeps what its base states, and derives the rest again
+        for name, value in {**derived, **cls._stated}.items():
+            setattr(cls, name, value)
+
+    _stated: ClassVar[dict[str, Any]] = {}
 
     def __init__(self, attention: Attention):
         self.attention = attention
