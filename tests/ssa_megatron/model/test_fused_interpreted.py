@@ -9,6 +9,7 @@ from tests.kernels.interpreted import INSIDE, run_again
 
 if not INSIDE:
 
+    @pytest.mark.slow
     def test_fused_operations_under_the_interpreter():
         run_again(__file__)
 
