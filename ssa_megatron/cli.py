@@ -282,7 +282,7 @@ def evaluate(
 
 
 def main() -> None:
-    """Run a verb; exit codes: 0 done, 75 start me again, others as in errors.py."""
+    """Run a verb; exit codes: 0 done, 75 retryable, others as in errors.py."""
     _quiet_libraries()
     try:
         code = app(standalone_mode=False)  # so called, it returns the code of typer.Exit instead of raising it

@@ -64,8 +64,8 @@ class PortTaken(SSAError):
     exit_code = 1
 
 
-EXIT_HUNG = 8  # the watchdog ended a job in which a rank did not arrive (logs/ has the stacks): start me again
-EXIT_REQUEUE = 75  # a committed checkpoint exists and the job wants to be started again (signals)
+EXIT_HUNG = 8  # the watchdog ended a job in which a rank did not arrive (logs/ has the stacks): retryable
+EXIT_REQUEUE = 75  # a committed checkpoint exists and the same command continues (signals)
 
 
 def _rebuild(kind: type[SSAError], problem: str, remedy: str, id: str) -> SSAError:

@@ -49,7 +49,7 @@ class Registry(Generic[T]):
         return name in self._variants or name in self._found()
 
     def __getitem__(self, name: str) -> T:
-        """Variant `name`. Raises ConfigError for a name nobody registered, with the names there are."""
+        """Variant `name`. Raises ConfigError for a name that is not registered, with those that are."""
         if name not in self._variants and name in self._found():
             importlib.import_module(f"{self._home}.{name}" if self._folders() else self._home)
         if name not in self._variants:

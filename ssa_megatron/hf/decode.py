@@ -24,7 +24,8 @@ class Decoder:
     """One batch being continued. Feed the prompts with `prefill`, then one token a row with `step`."""
 
     def __init__(self, model, batch: int, capacity: int, *, mode: str | None = None, block_count: int | None = None):
-        """model: SSAForCausalLM. capacity: tokens a row may come to, prompt included. Raises ConfigError where not `decodes`."""
+        """model: SSAForCausalLM. capacity: tokens a row may come to, prompt included. Raises ConfigError for a model
+        that `decodes` does not accept."""
         c = model.config
         if not decodes(c):
             raise ConfigError(

@@ -202,7 +202,7 @@ def _model(folder: HubFolder, *, eps: float, theta: float, tied: bool) -> dict:
     rope = c.get("rope_parameters") or c.get("rope_scaling") or {}
     if not isinstance(rope, dict):
         raise CheckpointError(
-            f"{folder.path}: rope_scaling={rope!r} is no object",
+            f"{folder.path}: rope_scaling={rope!r} is not an object",
             remedy="copy config.json again",
             id="rope-scaling-not-an-object",
         )

@@ -91,7 +91,7 @@ def build_model(recipe: Recipe, parallel: ParallelState) -> SSAModel:
 
 
 def build_chunks(recipe: Recipe, parallel: ParallelState) -> SSAModel:
-    """This rank's part of the model with weights nobody has set (under `torch.device("meta")`: that take no memory)."""
+    """This rank's part of the model with weights that are not set (under `torch.device("meta")` they take no memory)."""
     config, layers = (
         transformer_config(recipe),
         recipe.model.num_layers // (parallel.pp_size * parallel.vpp_size),

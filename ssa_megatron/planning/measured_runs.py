@@ -1,4 +1,4 @@
-"""What the plan predicts, measured: a few real steps on random tokens, memory peaks of each phase, seconds a step.
+"""What the plan predicts, measured: a few real steps on random tokens, memory peaks of each phase, seconds per step.
 
 `python -m ssa_megatron.planning.measured_runs RECIPE [section.field=value ...] [--document N]`, alone or under torchrun; needs
 no data and writes nothing. Rank 0 prints one JSON line, bytes as the allocator counts them (the CUDA context is not in it);

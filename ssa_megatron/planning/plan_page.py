@@ -143,9 +143,9 @@ def _communication(plan: Candidate, gpu: Hardware) -> str:
 
 def _time(plan: Candidate, gpu: Hardware) -> str:
     s = plan.speed
-    rate = f"{s.tokens_per_second:,.0f} tokens/s ({s.tokens_per_second / plan.world:,.0f} a GPU)"
+    rate = f"{s.tokens_per_second:,.0f} tokens/s ({s.tokens_per_second / plan.world:,.0f} per GPU)"
     lines = [
-        f"TIME  {s.seconds:.3f} s a step, {rate}, {s.tokens_per_day / 1e9:.2f} billion tokens a day, MFU {s.mfu:.1%}"
+        f"TIME  {s.seconds:.3f} s per step, {rate}, {s.tokens_per_day / 1e9:.2f} billion tokens per day, MFU {s.mfu:.1%}"
     ]
     lines.append("  " + ", ".join(f"{name} {seconds:.3f}" for name, seconds in s.parts.items()) + " s")
     train = plan.recipe.train

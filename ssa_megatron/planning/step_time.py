@@ -1,4 +1,4 @@
-"""Seconds of one optimizer step, part by part, and what follows: tokens a day, MFU.
+"""Seconds of one optimizer step, part by part, and what follows: tokens per day, MFU.
 
 A step is the slowest stage's micro-batches, the pipeline's bubble, communication that nothing hides, and the optimizer. Linear
 layers are counted in FLOPs, element-wise kernels in bytes (they are not fused: norms, rotary embedding, SwiGLU and loss take as

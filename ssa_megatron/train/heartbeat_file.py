@@ -31,7 +31,7 @@ def clear(run: Path) -> str:
 def write(run: Path, line: dict) -> bool:
     """Whether that was possible."""
     data = json.dumps(line).encode().ljust(WIDTH - 1) + b"\n"
-    try:  # opened anew each time: on a network file system others see what is closed
+    try:  # opened each time: on a network file system others see what is closed
         handle = os.open(_path(run, line["rank"]), os.O_WRONLY | os.O_CREAT, 0o644)
         try:
             os.pwrite(handle, data, 0)

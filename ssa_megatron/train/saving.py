@@ -32,7 +32,7 @@ class Saver:
     def begin(self, progress: Progress, data: dict) -> None:
         """Begin the checkpoint of `progress.step`; `data` is the stream's position."""
         # While steps are being skipped the weights may be what makes them non-finite: such a checkpoint must not push good ones
-        # out. The last step of a run is kept beside them, not instead of them.
+        # out. The last step of a run is kept in addition to them.
         self._keep = progress.skipped_in_a_row == 0
         if not self._keep and progress.step < self._recipe.train.steps:
             self._console.say(

@@ -1,4 +1,4 @@
-"""Signals that ask for an orderly end: a committed checkpoint, then exit code 75 ("start me again"), in every phase.
+"""Signals that ask for an orderly end: a committed checkpoint, then exit code 75 (retryable), in every phase.
 
 A thread notes the request the moment it comes, also while the main thread sits in a collective. Until the processes meet,
 nothing depends on this one and it ends at once; from then on the ranks ask each other and stop at the same step. Signals may
@@ -95,7 +95,10 @@ class StopRequest:
                 continue
             deadline = deadline or time.monotonic() + (MEETING if self._stage == "meeting" else 0)
             if time.monotonic() >= deadline:
-                _end(f"stopped by {self.reason} before training began: nothing to save, start me again", EXIT_REQUEUE)
+                _end(
+                    f"stopped by {self.reason} before training began: nothing to save; run the same command again",
+                    EXIT_REQUEUE,
+                )
 
     def _note(self, number: signal.Signals) -> None:
         now = time.monotonic()

@@ -80,7 +80,7 @@ def expected(old) -> dict:
 
 @pytest.fixture(scope="module")
 def outputs(old, expected) -> Iterator[Callable[[str], list[str]]]:
-    """Gives what the commands of a name print. Those of the next name run beside them: most of each is importing libraries."""
+    """Gives what the commands of a name print. Those of the next name run at the same time."""
     todo, started = jobs(expected), {}
     with ThreadPoolExecutor(2) as pool:
 

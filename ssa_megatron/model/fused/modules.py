@@ -18,13 +18,13 @@ from ssa_megatron.model.norm import RMSNorm
 class FusedNorm(RMSNorm):
     """RMSNorm, alone or together with the residual sum before it."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """`[..., H]` -> `[..., H]`."""
-        return self.after(x, None)[1]
+    def forward(self, x: Tensor, delta: Tensor | None = None, *, both: bool = False):
+        """The norm of `x + delta`, `[..., H]`; both: (`x + delta`, its norm), the residual stream and what the next block reads.
 
-    def after(self, x: Tensor, delta: Tensor | None) -> tuple[Tensor, Tensor]:
-        """(`x + delta`, its norm): the residual stream and what the next block reads of it."""
-        return add_norm(x, delta, self.weight, self.eps)
+        One method for both, because ZeRO-3 gathers the weight when the module is called.
+        """
+        total, normed = add_norm(x, delta, self.weight, self.eps)
+        return (total, normed) if both else normed
 
 
 class FusedSelfAttention(SSASelfAttention):
@@ -52,8 +52,8 @@ class FusedLayer(TransformerLayer):
 
     def forward(self, hidden_states: Tensor, *_, packed_seq_params: ForwardContext, **__) -> tuple[Tensor, None]:
         """`[n, B, hidden]` -> (`[n, B, hidden]`, no cross-attention context)."""
-        residual, normed = self.input_layernorm.after(hidden_states, None)
+        residual, normed = self.input_layernorm(hidden_states, both=True)
         attended, _ = self.self_attention(normed, packed_seq_params=packed_seq_params)
-        residual, normed = self.pre_mlp_layernorm.after(residual, attended)
+        residual, normed = self.pre_mlp_layernorm(residual, attended, both=True)
         output, _ = self.mlp(normed)
         return residual + output, None

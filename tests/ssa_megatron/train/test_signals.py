@@ -91,7 +91,7 @@ def test_a_process_that_met_nobody_yet_ends_at_once_even_in_a_call_that_nothing_
     """
     ended = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, timeout=30)
     assert ended.returncode == 75
-    assert "nothing to save, start me again" in ended.stderr
+    assert "nothing to save; run the same command again" in ended.stderr
 
 
 def test_only_a_wait_that_says_so_is_interrupted_also_by_the_request_of_another_thread():

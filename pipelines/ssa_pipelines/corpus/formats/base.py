@@ -50,7 +50,11 @@ class CorpusFormat(ABC):
     @classmethod
     def locate(cls) -> Path:
         """The file behind a packaged corpus. Raises CorpusError when its package is not installed."""
-        raise NotImplementedError(f"{cls.__name__} is not a packaged corpus")
+        raise CorpusError(
+            f"{cls.__name__} is registered as a packaged corpus, but does not locate its file",
+            remedy="define `locate` in its class, or register it under a file suffix",
+            id="packaged-corpus-without-file",
+        )
 
 
 @dataclass(frozen=True)
